@@ -1,0 +1,12 @@
+// One function per concept; module.cpp calls them all.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace ringreduce {
+
+void register_errors(nanobind::module_& m);
+void register_words(nanobind::module_& m);
+void register_communicator(nanobind::module_& m);
+
+}  // namespace ringreduce

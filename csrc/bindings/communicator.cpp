@@ -1,0 +1,266 @@
+// Communicator and Work for Python. Waits release the GIL; signals are looked at while waiting, so Ctrl-C works.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <deque>
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "comm/communicator.h"
+
+namespace nb = nanobind;
+
+namespace ringreduce {
+namespace {
+
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+
+/// Runs Python's signal handlers during a wait and keeps what they raise. Other threads than the main one have
+/// none to run.
+class Signals {
+ public:
+  Interrupted asker() {
+    return [this] {
+      nb::gil_scoped_acquire gil;
+      if (PyErr_CheckSignals() == 0) return false;
+      raised_.emplace();
+      return true;
+    };
+  }
+
+  /// Calls `function` without the GIL; raises what a signal handler raised in place of the core's error.
+  template <class Function>
+  auto guard(Function function) {
+    try {
+      nb::gil_scoped_release no_gil;
+      return function();
+    } catch (const Error& error) {
+      if (error.code() == ErrorCode::interrupted && raised_) throw std::move(*raised_);
+      throw;
+    }
+  }
+
+ private:
+  std::optional<nb::python_error> raised_;
+};
+
+/// What Python holds: the communicator, and the objects whose memory operations under way use. The latter are
+/// released on Python's threads only, since the progress thread must not touch them.
+struct PyCommunicator {
+  std::unique_ptr<Communicator> communicator;
+  std::deque<std::pair<std::shared_ptr<Work>, nb::object>> kept;
+
+  ~PyCommunicator() {
+    communicator->close();
+    for (auto& [work, object] : kept) {
+      if (!work->done()) object.release();  // still in use: better never freed than too early
+    }
+  }
+
+  void release_finished() {
+    while (!kept.empty() && kept.front().first->done()) kept.pop_front();
+  }
+};
+
+struct PyWork {
+  std::shared_ptr<Work> work;
+  nb::object communicator;
+};
+
+Layout layout(nb::handle shape, nb::handle strides, Dtype dtype) {
+  Layout result;
+  result.shape = nb::cast<std::vector<int64_t>>(shape);
+  if (!strides.is_none()) result.strides_bytes = nb::cast<std::vector<int64_t>>(strides);
+  result.item_bytes = size_of(dtype);
+  return result;
+}
+
+/// (input address, output address, shape, input strides or None, output strides or None). A reduce_scatter's
+/// output has another first dimension than its input: this rank's rows.
+Tensor tensor(nb::tuple fields, const Call& call, const Communicator& communicator) {
+  Tensor result;
+  result.input = reinterpret_cast<const char*>(nb::cast<uintptr_t>(fields[0]));
+  result.output = reinterpret_cast<char*>(nb::cast<uintptr_t>(fields[1]));
+  result.input_layout = layout(fields[2], fields[3], call.dtype);
+  result.output_layout = layout(fields[2], fields[4], call.dtype);
+  if (call.kind == Kind::reduce_scatter) {
+    const auto rank = static_cast<size_t>(communicator.core().rank);
+    const std::vector<size_t> offsets =
+        split_rows(static_cast<size_t>(result.input_layout.shape.at(0)), 1, communicator.core().size);
+    result.output_layout.shape[0] = static_cast<int64_t>(offsets[rank + 1] - offsets[rank]);
+  }
+  return result;
+}
+
+nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::list tensors, nb::object keepalive,
+                  bool asynchronous) {
+  PyCommunicator& owner = nb::cast<PyCommunicator&>(self);
+  Communicator& communicator = *owner.communicator;
+  Call call;
+  call.kind = static_cast<Kind>(kind);
+  call.op = static_cast<Op>(op);
+  call.dtype = static_cast<Dtype>(dtype);
+  call.root = root;
+  call.tensors.reserve(tensors.size());
+  for (nb::handle fields : tensors) {
+    call.tensors.push_back(tensor(nb::cast<nb::tuple>(fields), call, communicator));
+  }
+  Signals signals;
+  owner.release_finished();
+  auto work = signals.guard([&] {
+    auto issued = communicator.submit(std::move(call), asynchronous, signals.asker());
+    if (!asynchronous) issued->get();
+    return issued;
+  });
+  if (asynchronous) owner.kept.emplace_back(work, keepalive);
+  return nb::cast(PyWork{work, self});
+}
+
+void wait_for(PyWork& self, std::optional<double> timeout_s) {
+  PyCommunicator& owner = nb::cast<PyCommunicator&>(self.communicator);
+  const Deadline deadline = timeout_s ? Deadline::after_s(*timeout_s) : Deadline::never();
+  Signals signals;
+  const bool timed_out = signals.guard([&] {
+    bool late = false;
+    owner.communicator->wait(*self.work, deadline, signals.asker(), &late);
+    return late;
+  });
+  if (timed_out) {
+    PyErr_Format(PyExc_TimeoutError,
+                 "the operation has not ended within the wait's timeout; it goes on, and may be waited for again");
+    throw nb::python_error();
+  }
+  owner.release_finished();
+}
+
+/// A numpy array over memory that `owner` keeps.
+template <class Owner>
+nb::object bytes_array(char* data, size_t size_bytes, std::shared_ptr<Owner> owner) {
+  auto* kept = new std::shared_ptr<Owner>(std::move(owner));
+  nb::capsule capsule(kept, [](void* pointer) noexcept { delete static_cast<std::shared_ptr<Owner>*>(pointer); });
+  return nb::cast(Bytes(data, {size_bytes}, capsule));
+}
+
+nb::object output(PyWork& self) {
+  return bytes_array(self.work->output.get(), self.work->output_bytes, self.work->output);
+}
+
+nb::object allocate(PyCommunicator& self, size_t size_bytes) {
+  Signals signals;
+  std::shared_ptr<Block> block =
+      signals.guard([&] { return self.communicator->allocate(size_bytes, signals.asker()); });
+  char* data = block->data();
+  return bytes_array(data, size_bytes, std::move(block));
+}
+
+Algorithm algorithm_named(const std::string& name) {
+  for (size_t index = 0; index < std::size(algorithm_names); ++index) {
+    if (name == algorithm_names[index]) return static_cast<Algorithm>(index);
+  }
+  throw Error(ErrorCode::invalid, "unknown algorithm '" + name + "': use auto, one_shot, two_shot, ring or tree");
+}
+
+void construct(PyCommunicator* self, int rank, int size, nb::callable exchange, bool in_process, double timeout_s,
+               double warn_after_s, const std::string& algorithm, const std::string& name) {
+  Options options{in_process, timeout_s, warn_after_s, algorithm_named(algorithm), name};
+  const Exchange native_exchange = [&exchange, size](const std::string& message) {
+    nb::gil_scoped_acquire gil;
+    nb::list answers = nb::cast<nb::list>(exchange(nb::bytes(message.data(), message.size())));
+    if (static_cast<int>(answers.size()) != size) {
+      throw Error(ErrorCode::invalid, "exchange() must return one message per rank");
+    }
+    std::vector<std::string> messages;
+    for (nb::handle answer : answers) {
+      nb::bytes bytes = nb::cast<nb::bytes>(answer);
+      messages.emplace_back(bytes.c_str(), bytes.size());
+    }
+    return messages;
+  };
+  std::unique_ptr<Communicator> communicator;
+  {
+    nb::gil_scoped_release no_gil;
+    communicator = std::make_unique<Communicator>(rank, size, native_exchange, options);
+  }
+  new (self) PyCommunicator{std::move(communicator), {}};
+}
+
+nb::dict window_info(PyCommunicator& self) {
+  const Core& core = self.communicator->core();
+  nb::dict info;
+  info["cores"] = core.node.cores();
+  info["nodes"] = core.node.num_nodes();
+  info["slices"] = core.group.claims() ? "claimed (ranks outnumber cores)" : "owned (a core per rank)";
+  info["staging_bytes"] = Window::staging_bytes();
+  info["chunk_bytes"] = core.window.chunk_bytes();
+  info["wire_bytes"] = core.wire ? ShmWire::segment_bytes() : size_t{0};
+  info["symmetric_segments"] = core.arena->num_segments();
+  info["symmetric_bytes"] = core.arena->segment_bytes();
+  return info;
+}
+
+nb::dict stats(PyCommunicator& self) {
+  const Stats& stats = self.communicator->core().stats;
+  nb::dict info;
+  info["calls"] = stats.calls.load();
+  info["bytes"] = stats.bytes.load();
+  info["seconds"] = static_cast<double>(stats.busy_ns.load()) * 1e-9;
+  return info;
+}
+
+std::string choice(PyCommunicator& self, int kind, size_t message_bytes) {
+  const Choice choice = self.communicator->core().tuner.choose(static_cast<Kind>(kind), message_bytes);
+  return algorithm_names[static_cast<size_t>(choice.algorithm)];
+}
+
+void drain(PyCommunicator& self, double timeout_s) {
+  Signals signals;
+  const bool ended = signals.guard([&] { return self.communicator->drain(timeout_s, signals.asker()); });
+  if (!ended) {
+    PyErr_SetString(PyExc_TimeoutError, "operations are still under way");
+    throw nb::python_error();
+  }
+  self.release_finished();
+}
+
+}  // namespace
+
+void register_communicator(nb::module_& m) {
+  nb::class_<PyWork>(m, "Work")
+      .def("wait", &wait_for, nb::arg("timeout_s") = nb::none())
+      .def("done", [](PyWork& self) { return self.work->done(); })
+      .def("output", &output)
+      .def_prop_ro("counts", [](PyWork& self) { return self.work->counts; });
+
+  const auto core = [](PyCommunicator& self) -> Core& { return self.communicator->core(); };
+  nb::class_<PyCommunicator>(m, "Communicator", nb::is_weak_referenceable())
+      .def("__init__", &construct, nb::arg("rank"), nb::arg("size"), nb::arg("exchange"), nb::kw_only(),
+           nb::arg("in_process"), nb::arg("timeout_s"), nb::arg("warn_after_s"), nb::arg("algorithm"),
+           nb::arg("name"))
+      .def_prop_ro("rank", [core](PyCommunicator& self) { return core(self).rank; })
+      .def_prop_ro("size", [core](PyCommunicator& self) { return core(self).size; })
+      .def_prop_ro("local_rank", [core](PyCommunicator& self) { return core(self).node.local_rank(); })
+      .def_prop_ro("local_size", [core](PyCommunicator& self) { return core(self).node.local_size(); })
+      .def_prop_ro("closed", [](PyCommunicator& self) { return self.communicator->closed(); })
+      .def_prop_ro("aborted", [core](PyCommunicator& self) { return core(self).group.aborted(); })
+      .def_prop_ro("sequence", [core](PyCommunicator& self) { return core(self).sequence.load(); })
+      .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
+           nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"))
+      .def("allocate", &allocate)
+      .def("is_symmetric",
+           [core](PyCommunicator& self, uintptr_t address, size_t size_bytes) {
+             return core(self).arena->locate(reinterpret_cast<void*>(address), size_bytes).segment != 0;
+           })
+      .def("abort", [](PyCommunicator& self, const std::string& reason) { self.communicator->abort(reason); })
+      .def("close", [](PyCommunicator& self) { self.communicator->close(); })
+      .def("drain", &drain)
+      .def("mark_reported", [core](PyCommunicator& self) { core(self).group.mark_reported(); })
+      .def("all_reported", [core](PyCommunicator& self) { return core(self).group.all_reported(); })
+      .def("window_info", &window_info)
+      .def("choice", &choice)
+      .def("stats", &stats);
+}
+
+}  // namespace ringreduce

@@ -1,0 +1,43 @@
+// The numbers behind the names of collectives, operations, dtypes and algorithms; and how this build was made.
+#include <nanobind/stl/string.h>
+
+#include "base/dtype.h"
+#include "base/header.h"
+#include "base/op.h"
+#include "bindings/bindings.h"
+#include "comm/tuner.h"
+#include "reduce/reduce.h"
+
+namespace nb = nanobind;
+
+namespace ringreduce {
+namespace {
+
+nb::dict build_info() {
+  nb::dict info;
+  info["version"] = RR_VERSION;
+  info["compiler"] = __VERSION__;
+  info["instruction set"] = isa_name();
+  info["cuda"] = "unavailable: built without CUDA";
+  return info;
+}
+
+}  // namespace
+
+void register_words(nb::module_& m) {
+  nb::dict kinds, ops, dtypes;
+  for (int kind = 0; kind <= static_cast<int>(Kind::reduce); ++kind) {
+    kinds[name_of(static_cast<Kind>(kind))] = kind;
+  }
+  for (int op = 0; op < num_ops; ++op) ops[name_of(static_cast<Op>(op))] = op;
+  for (int dtype = 0; dtype < num_dtypes; ++dtype) dtypes[name_of(static_cast<Dtype>(dtype))] = dtype;
+  nb::list algorithms;
+  for (const char* name : algorithm_names) algorithms.append(name);
+  m.attr("KINDS") = kinds;
+  m.attr("OPS") = ops;
+  m.attr("DTYPES") = dtypes;
+  m.attr("ALGORITHMS") = nb::tuple(algorithms);
+  m.def("build_info", &build_info, "How this extension was built, and what it found on this machine.");
+}
+
+}  // namespace ringreduce

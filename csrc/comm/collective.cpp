@@ -1,0 +1,266 @@
+#include "comm/collective.h"
+
+#include "algorithms/one_shot.h"
+#include "algorithms/ring.h"
+#include "algorithms/tree.h"
+#include "algorithms/two_shot.h"
+#include "shm/staged.h"
+
+namespace ringreduce {
+namespace {
+
+/// Blocks of an allreduce end on cache lines: no two ranks write to the same one.
+constexpr size_t block_granule = line_bytes;
+
+/// No allgather's result is larger: what peers say of their sizes is checked against this.
+constexpr uint64_t largest_result_bytes = uint64_t{1} << 46;
+
+class Collective {
+ public:
+  Collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted)
+      : core_(core),
+        call_(call),
+        work_(work),
+        operands_(call),
+        message_(operands_.message()),
+        header_(call.header(core.sequence.fetch_add(1) + 1)),
+        watch_(core.group, header_, limits(core), interrupted, core.closing) {
+    message_.reduction.size = core.size;
+  }
+
+  void run() {
+    core_.window.begin(header_, message_, watch_);
+    switch (call_.kind) {
+      case Kind::barrier:
+      case Kind::allocate: core_.window.arrive(); break;
+      case Kind::allreduce: allreduce(); break;
+      case Kind::reduce_scatter: reduce_scatter(); break;
+      case Kind::allgather: allgather(); break;
+      case Kind::broadcast: broadcast(); break;
+      case Kind::reduce: reduce_to_root(); break;
+    }
+    if (core_.window.mismatch()) throw_mismatch();
+    if (core_.window.stopped() || wire_stopped_) throw_failure();
+    operands_.finish();
+  }
+
+ private:
+  static GroupWatch::Limits limits(const Core& core) {
+    return {Deadline::after_s(core.options.warn_after_s), Deadline::after_s(core.options.timeout_s),
+            core.options.warn_after_s, core.options.timeout_s};
+  }
+
+  bool uses_ring() const {
+    return core_.tuner.choose(call_.kind, 0).algorithm == Algorithm::ring && core_.size > 1;
+  }
+  Ring ring() const { return {core_.rank, core_.size}; }
+
+  void allreduce() {
+    const size_t count = operands_.count();
+    const Blocks blocks = Blocks::even(count, core_.size, block_granule);
+    switch (core_.tuner.choose(Kind::allreduce, count * message_.item_bytes).algorithm) {
+      case Algorithm::one_shot:
+        one_shot_allreduce(core_.window, count);
+        break;
+      case Algorithm::ring:
+        if (!core_.window.arrive()) return;
+        over_wire([&](ShmWire& wire, size_t chunk) { ring_allreduce(wire, ring(), blocks, chunk); });
+        break;
+      case Algorithm::tree:
+        if (!core_.window.arrive()) return;
+        over_wire([&](ShmWire& wire, size_t chunk) {
+          tree_allreduce(wire, core_.rank, core_.size, count, chunk);
+        });
+        break;
+      default:
+        two_shot(blocks);
+    }
+  }
+
+  /// Symmetric where all ranks' tensors are; staged where any is not.
+  void two_shot(const Blocks& blocks) {
+    publish_place();
+    Staged staged(core_.window, Staged::Phases::allreduce, blocks);
+    const bool symmetric = header_.segment != 0;
+    if (!symmetric) staged.prepare_early();
+    if (!core_.window.arrive()) return;
+    int num_symmetric = 0;
+    for (int peer = 0; peer < core_.size; ++peer) num_symmetric += core_.window.header_of(peer).segment != 0;
+    if (num_symmetric == core_.size) {
+      reach_symmetric();
+      two_shot_allreduce(core_.window);
+    } else {
+      staged.met(num_symmetric == 0);
+      run_staged(staged);
+    }
+  }
+
+  void publish_place() {
+    if (call_.tensors.size() != 1 || message_.inputs.empty()) return;
+    const Run& input = message_.inputs.front();
+    const Run& output = message_.outputs.front();
+    const size_t bytes = input.count * message_.item_bytes;
+    const Arena::Place from = core_.arena->locate(input.data, bytes);
+    const Arena::Place to = core_.arena->locate(output.data, bytes);
+    if (from.segment == 0 || from.segment != to.segment || bytes == 0) return;
+    header_.segment = from.segment;
+    header_.input_offset = from.offset_bytes;
+    header_.output_offset = to.offset_bytes;
+  }
+
+  void reach_symmetric() {
+    const size_t bytes = operands_.count() * message_.item_bytes;
+    for (int peer = 0; peer < core_.size; ++peer) {
+      const Header header = core_.window.header_of(peer);
+      const char* input = core_.arena->at(peer, {header.segment, header.input_offset}, bytes);
+      char* output = core_.arena->at(peer, {header.segment, header.output_offset}, bytes);
+      if (!input || !output) {
+        core_.group.abort(ErrorCode::peer_failed, peer,
+                          "rank " + std::to_string(peer) + " published memory outside of its segment");
+        throw_failure();
+      }
+      core_.window.set_symmetric(peer, input, output);
+    }
+    core_.window.begin_symmetric(operands_.count());
+  }
+
+  void run_staged(Staged& staged) {
+    staged_rounds(staged, staged.rounds(), staged.lead());
+    staged.finish();
+  }
+
+  template <class Algorithm>
+  void over_wire(Algorithm algorithm) {
+    ShmWire& wire = *core_.wire;
+    wire.begin(message_, watch_);
+    algorithm(wire, wire.chunk_elements());
+    wire_stopped_ = wire.stopped();
+  }
+
+  void scatter(const Blocks& blocks) {
+    Staged staged(core_.window, Staged::Phases::reduce_scatter, blocks);
+    if (!uses_ring()) staged.prepare_early();
+    if (!core_.window.arrive()) return;
+    if (uses_ring()) {
+      over_wire([&](ShmWire& wire, size_t chunk) { ring_reduce_scatter(wire, ring(), blocks, chunk); });
+    } else {
+      staged.met(true);
+      run_staged(staged);
+    }
+  }
+
+  /// After the ranks have met.
+  void gather(const Blocks& blocks) {
+    message_.copy_across(blocks[core_.rank]);
+    if (uses_ring()) {
+      over_wire([&](ShmWire& wire, size_t chunk) { ring_allgather(wire, ring(), blocks, chunk); });
+    } else {
+      Staged staged(core_.window, Staged::Phases::allgather, blocks);
+      run_staged(staged);
+    }
+  }
+
+  void reduce_scatter() {
+    const std::vector<int64_t>& shape = call_.tensors.front().input_layout.shape;
+    const auto rows = static_cast<size_t>(shape.front());
+    const std::vector<size_t> offsets = split_rows(rows, rows == 0 ? 0 : operands_.count() / rows, core_.size);
+    operands_.place_outputs_at(offsets[static_cast<size_t>(core_.rank)]);
+    scatter(Blocks::table(offsets.data(), core_.size));
+  }
+
+  void reduce_to_root() { scatter(Blocks::single(operands_.count(), core_.size, call_.root)); }
+
+  void broadcast() {
+    if (core_.window.arrive()) gather(Blocks::single(operands_.count(), core_.size, call_.root));
+  }
+
+  void allgather() {
+    if (!core_.window.arrive()) return;
+    std::vector<size_t> offsets{0};
+    for (int peer = 0; peer < core_.size; ++peer) {
+      const uint64_t rows = core_.window.header_of(peer).rows;
+      work_.counts.push_back(rows);
+      offsets.push_back(offsets.back() + rows * header_.count);
+    }
+    work_.output_bytes = offsets.back() * message_.item_bytes;
+    if (work_.output_bytes > largest_result_bytes) throw std::bad_alloc();
+    work_.output.reset(new char[work_.output_bytes]);
+    operands_.place_inputs_at(offsets[static_cast<size_t>(core_.rank)]);
+    operands_.set_output(work_.output.get(), offsets.back());
+    gather(Blocks::table(offsets.data(), core_.size));
+  }
+
+  [[noreturn]] void throw_failure() const {
+    throw_aborted(core_, std::string(name_of(call_.kind)) + " #" + std::to_string(header_.sequence) + ", " +
+                             header_.describe());
+  }
+
+  /// "rank 0 calls A; ranks 1, 2 call B", the same text on all ranks.
+  [[noreturn]] void throw_mismatch() const {
+    std::string sides;
+    std::vector<bool> told(static_cast<size_t>(core_.size), false);
+    for (int rank = 0; rank < core_.size; ++rank) {
+      if (told[static_cast<size_t>(rank)]) continue;
+      const Header header = core_.window.header_of(rank);
+      std::string same;
+      int others = 0;
+      for (int peer = rank; peer < core_.size; ++peer) {
+        if (!core_.window.header_of(peer).agrees_with(header)) continue;
+        told[static_cast<size_t>(peer)] = true;
+        same += (others++ ? ", " : "") + std::to_string(peer);
+      }
+      sides += (sides.empty() ? "" : "; ") + std::string(others > 1 ? "ranks " : "rank ") + same +
+               (others > 1 ? " call " : " calls ") + header.describe();
+    }
+    throw Error(ErrorCode::mismatch,
+                "collective #" + std::to_string(header_.sequence) + " of communicator '" + core_.options.name +
+                    "' differs between ranks: " + sides + " (you are rank " + std::to_string(core_.rank) +
+                    "). Every rank must make the same calls in the same order. No data was changed, and the "
+                    "communicator can still be used");
+  }
+
+  Core& core_;
+  const Call& call_;
+  Work& work_;
+  Operands operands_;
+  Message& message_;
+  Header header_;
+  GroupWatch watch_;
+  bool wire_stopped_ = false;
+};
+
+}  // namespace
+
+void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
+  const int64_t begin_ns = now_ns();
+  Collective collective(core, call, work, interrupted);
+  collective.run();
+  core.stats.calls.fetch_add(1, std::memory_order_relaxed);
+  core.stats.busy_ns.fetch_add(static_cast<uint64_t>(now_ns() - begin_ns), std::memory_order_relaxed);
+  for (const Tensor& tensor : call.tensors) {
+    core.stats.bytes.fetch_add(tensor.count() * size_of(call.dtype), std::memory_order_relaxed);
+  }
+}
+
+std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interrupted& interrupted) {
+  Call call;
+  call.kind = Kind::allocate;
+  call.bytes = size_bytes;
+  Work work;
+  run_collective(core, call, work, interrupted);
+  return core.arena->allocate(core.node, size_bytes, Deadline::after_s(core.options.timeout_s));
+}
+
+void throw_aborted(const Core& core, const std::string& during) {
+  const AbortRecord record = core.group.abort_record();
+  const bool mine = record.culprit == core.rank;
+  ErrorCode code = record.code;
+  if (code == ErrorCode::interrupted && !mine) code = ErrorCode::peer_failed;
+  throw Error(code, during + " of communicator '" + core.options.name + "' failed: " + record.reason +
+                        ". Detected by rank " + std::to_string(record.detector) + "; you are rank " +
+                        std::to_string(core.rank) +
+                        ". The communicator is dead and the operands' contents are undefined: end the job, and "
+                        "restart it from a checkpoint");
+}
+
+}  // namespace ringreduce

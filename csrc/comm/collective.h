@@ -1,0 +1,18 @@
+// One collective from header to result: lets the ranks meet, chooses the algorithm, runs it over window or wire,
+// and turns what went wrong into an Error.
+#pragma once
+
+#include "comm/communicator.h"
+
+namespace ringreduce {
+
+/// Runs `call` as the communicator's next collective. An allgather's result goes to `work`.
+void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted);
+
+/// Collective: all ranks meet and then extend the arena.
+std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interrupted& interrupted);
+
+/// Throws what ended the communicator.
+[[noreturn]] void throw_aborted(const Core& core, const std::string& during);
+
+}  // namespace ringreduce

@@ -1,0 +1,80 @@
+// A communicator: a group of ranks and everything they need to talk. Owns the node's sockets, the control and
+// staging memory, the symmetric arena, and the engine that keeps operations in order.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+
+#include "comm/arena.h"
+#include "comm/call.h"
+#include "comm/engine.h"
+#include "comm/tuner.h"
+#include "shm/group.h"
+#include "shm/window.h"
+#include "shm/wire.h"
+
+namespace ringreduce {
+
+struct Options {
+  bool in_process = false;      // the ranks are threads of this process
+  double timeout_s = 1800;      // of any one collective
+  double warn_after_s = 30;     // a line on stderr that says who is missing
+  Algorithm algorithm = Algorithm::automatic;
+  std::string name = "world";   // for messages
+};
+
+struct Stats {
+  std::atomic<uint64_t> calls{0}, bytes{0}, busy_ns{0};
+};
+
+/// What operations run on; shared with the progress thread, which may outlive the Communicator by one operation.
+struct Core {
+  Core(int rank, int size, const Exchange& exchange, const Options& options);
+
+  const int rank, size;
+  const Options options;
+  Node node;
+  Group group;
+  Window window;
+  std::unique_ptr<ShmWire> wire;  // only if an algorithm that needs it was asked for
+  const Tuner tuner;
+  const std::shared_ptr<Arena> arena;
+  std::atomic<uint64_t> sequence{0};  // of the last collective that began
+  std::atomic<bool> closing{false};
+  Stats stats;
+};
+
+class Communicator {
+ public:
+  /// Collective over the ranks that `exchange` joins.
+  Communicator(int rank, int size, const Exchange& exchange, const Options& options);
+  ~Communicator() { close(); }
+
+  /// Starts the collective; throws the error of an earlier one that nobody waited for, or of a dead
+  /// communicator. Blocking: returns a finished Work, whose error get() throws.
+  std::shared_ptr<Work> submit(Call call, bool asynchronous, const Interrupted& interrupted);
+
+  /// Collective. Symmetric memory of at least `size_bytes`.
+  std::shared_ptr<Block> allocate(size_t size_bytes, const Interrupted& interrupted);
+
+  /// This rank gives up: all ranks raise, naming it and the reason.
+  void abort(const std::string& reason);
+  /// Local; does not wait. What is under way is aborted.
+  void close();
+  bool drain(double timeout_s, const Interrupted& interrupted);
+  void wait(Work& work, Deadline deadline, const Interrupted& interrupted, bool* timed_out);
+
+  bool closed() const { return closed_; }
+  Core& core() const { return *core_; }
+
+ private:
+  void check_usable();
+
+  std::shared_ptr<Core> core_;
+  std::shared_ptr<Engine> engine_;
+  uint64_t fork_generation_;
+  std::atomic<bool> closed_{false};
+};
+
+}  // namespace ringreduce

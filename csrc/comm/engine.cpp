@@ -1,0 +1,105 @@
+#include "comm/engine.h"
+
+#include <signal.h>
+
+#include <thread>
+
+#include "base/error.h"
+
+namespace ringreduce {
+
+void Engine::execute(const Task& task, Work& work, const Interrupted& interrupted) {
+  try {
+    task(work, interrupted);
+    work.finish(nullptr);
+  } catch (...) {
+    work.finish(std::current_exception());
+  }
+}
+
+std::shared_ptr<Work> Engine::run(Task task, bool asynchronous, const Interrupted& interrupted,
+                                  const std::function<void()>& give_up) {
+  auto work = std::make_shared<Work>();
+  std::unique_lock lock(mutex_);
+  if (stopped_) throw Error(ErrorCode::closed, "the communicator is closed");
+  if (!asynchronous && !busy_ && queue_.empty()) {
+    busy_ = true;
+    lock.unlock();
+    execute(task, *work, interrupted);
+    lock.lock();
+    busy_ = false;
+    if (!queue_.empty()) changed_.notify_all();
+    return work;
+  }
+  queue_.push_back({std::move(task), work});
+  last_ = work;
+  if (asynchronous) unseen_.push_back(work);
+  if (!started_) {
+    started_ = true;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the user's threads
+    std::thread([self = shared_from_this()] { self->progress(); }).detach();
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+  changed_.notify_all();
+  lock.unlock();
+  if (!asynchronous && work->wait(Deadline::never(), interrupted) != Work::Outcome::finished) {
+    give_up();
+    work->wait(Deadline::never(), {});
+  }
+  return work;
+}
+
+void Engine::progress() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [this] { return stopped_ || (!busy_ && !queue_.empty()); });
+    if (stopped_) break;
+    Entry entry = std::move(queue_.front());
+    queue_.pop_front();
+    busy_ = true;
+    lock.unlock();
+    execute(entry.task, *entry.work, {});
+    entry = {};  // what the task holds is released before anybody may count on it
+    lock.lock();
+    busy_ = false;
+  }
+  for (Entry& entry : queue_) {
+    entry.work->finish(std::make_exception_ptr(
+        Error(ErrorCode::closed, "the communicator was closed before this operation began")));
+  }
+  queue_.clear();
+}
+
+std::exception_ptr Engine::take_unseen_error() {
+  std::lock_guard lock(mutex_);
+  while (!unseen_.empty() && unseen_.front()->done()) {
+    const std::shared_ptr<Work> work = unseen_.front();
+    unseen_.pop_front();
+    if (work->failed() && !work->seen()) return work->error();
+  }
+  return nullptr;
+}
+
+bool Engine::idle() {
+  std::lock_guard lock(mutex_);
+  return !busy_ && queue_.empty();
+}
+
+bool Engine::drain(Deadline deadline, const Interrupted& interrupted) {
+  std::shared_ptr<Work> last;
+  {
+    std::lock_guard lock(mutex_);
+    last = last_;
+  }
+  return !last || last->wait(deadline, interrupted) == Work::Outcome::finished;
+}
+
+void Engine::stop() {
+  std::lock_guard lock(mutex_);
+  stopped_ = true;
+  changed_.notify_all();
+}
+
+}  // namespace ringreduce

@@ -1,0 +1,31 @@
+#include "comm/tuner.h"
+
+namespace ringreduce {
+namespace {
+
+// Up to here one meeting and p times the arithmetic cost less than two meetings.
+constexpr size_t one_shot_bytes = size_t{16} << 10;          // a core per rank
+constexpr size_t one_shot_bytes_claimed = size_t{2} << 10;   // ranks share cores, and do it all in turn
+
+// What the shared memory of one_shot takes, if it was asked for by name; larger messages go by two_shot.
+constexpr size_t one_shot_largest_bytes = size_t{64} << 10;
+
+}  // namespace
+
+Choice Tuner::choose(Kind kind, size_t message_bytes) const {
+  if (kind != Kind::allreduce) {
+    return {wanted_ == Algorithm::ring ? Algorithm::ring : Algorithm::two_shot};
+  }
+  switch (wanted_) {
+    case Algorithm::automatic: {
+      const size_t limit = claims_ ? one_shot_bytes_claimed : one_shot_bytes;
+      return {message_bytes <= limit ? Algorithm::one_shot : Algorithm::two_shot};
+    }
+    case Algorithm::one_shot:
+      return {message_bytes <= one_shot_largest_bytes ? Algorithm::one_shot : Algorithm::two_shot};
+    default:
+      return {wanted_};
+  }
+}
+
+}  // namespace ringreduce

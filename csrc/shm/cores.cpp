@@ -1,0 +1,60 @@
+#include "shm/cores.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <bit>
+#include <fstream>
+#include <limits>
+
+namespace ringreduce {
+namespace {
+
+constexpr int no_quota = std::numeric_limits<int>::max();
+
+/// "max 100000" or "150000 100000": microseconds of run time per period.
+int quota_in(const std::string& folder) {
+  std::ifstream file(folder + "/cpu.max");
+  std::string quota;
+  double period_us = 0;
+  if (!(file >> quota >> period_us) || quota == "max" || period_us <= 0) return no_quota;
+  return std::max(1, static_cast<int>(std::stod(quota) / period_us));
+}
+
+}  // namespace
+
+std::string affinity_mask() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  sched_getaffinity(0, sizeof(set), &set);
+  return std::string(reinterpret_cast<const char*>(&set), sizeof(set));
+}
+
+int cores_in_union(const std::string* masks, int num_masks) {
+  int cores = 0;
+  for (size_t byte = 0; byte < sizeof(cpu_set_t); ++byte) {
+    unsigned char bits = 0;
+    for (int mask = 0; mask < num_masks; ++mask) {
+      if (byte < masks[mask].size()) bits |= static_cast<unsigned char>(masks[mask][byte]);
+    }
+    cores += std::popcount(bits);
+  }
+  return std::max(cores, 1);
+}
+
+int cgroup_quota() {
+  // Version 2 only: one line "0::/path". Every folder on the way up may have its own limit.
+  std::ifstream file("/proc/self/cgroup");
+  std::string line, path;
+  while (std::getline(file, line)) {
+    if (line.rfind("0::", 0) == 0) path = line.substr(3);
+  }
+  int quota = quota_in("/sys/fs/cgroup");
+  while (path.size() > 1) {
+    quota = std::min(quota, quota_in("/sys/fs/cgroup" + path));
+    path.resize(path.rfind('/'));
+  }
+  return quota;
+}
+
+}  // namespace ringreduce

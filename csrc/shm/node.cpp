@@ -1,0 +1,180 @@
+#include "shm/node.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <set>
+
+#include "base/error.h"
+#include "shm/cores.h"
+#include "shm/socket.h"
+
+namespace ringreduce {
+namespace {
+
+/// Ranks with equal identities may share memory: one kernel, one network namespace (abstract sockets live in
+/// it), one user; threads also one process. Only the nonce in a mapped segment proves it.
+std::string identity(bool in_process) {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  struct stat network {};
+  stat("/proc/self/ns/net", &network);
+  return boot + "/" + std::to_string(network.st_ino) + "/" + std::to_string(geteuid()) + "/" +
+         (in_process ? std::to_string(getpid()) : "processes");
+}
+
+void throw_first(const std::vector<std::string>& failures, const std::vector<int>& ranks) {
+  for (size_t index = 0; index < failures.size(); ++index) {
+    if (!failures[index].empty()) {
+      throw Error(ErrorCode::resource, "rank " + std::to_string(ranks[index]) + ": " + failures[index]);
+    }
+  }
+}
+
+}  // namespace
+
+Node::Node(int rank, int size, const Exchange& exchange, bool in_process, Deadline deadline)
+    : in_process_(in_process) {
+  const std::string mine = identity(in_process);
+  const std::vector<std::string> identities = exchange(mine);
+  const std::vector<std::string> masks = exchange(affinity_mask());
+  std::vector<std::string> node_masks;
+  for (int peer = 0; peer < size; ++peer) {
+    if (identities[static_cast<size_t>(peer)] != mine) continue;
+    if (peer == rank) local_rank_ = static_cast<int>(ranks_.size());
+    ranks_.push_back(peer);
+    node_masks.push_back(masks[static_cast<size_t>(peer)]);
+  }
+  num_nodes_ = static_cast<int>(std::set(identities.begin(), identities.end()).size());
+  try {
+    connect(exchange, deadline);
+    // One rank's quota speaks for all: mpirun's children share a cgroup. The smallest decides.
+    int quota = cgroup_quota();
+    for (const std::string& other : this->exchange(std::to_string(quota), deadline)) {
+      quota = std::min(quota, std::stoi(other));
+    }
+    cores_ = std::min(quota, cores_in_union(node_masks.data(), local_size()));
+  } catch (...) {
+    for (int socket : sockets_) close(socket);
+    throw;
+  }
+}
+
+Node::~Node() {
+  for (int socket : sockets_) {
+    if (socket >= 0) close(socket);
+  }
+}
+
+void Node::connect(const Exchange& exchange, Deadline deadline) {
+  const bool leads = local_rank_ == 0;
+  const std::string name = leads && local_size() > 1 ? random_name() : "";
+  const int listener = name.empty() ? -1 : listen_on(name, local_size());
+  const std::string leader = exchange(name)[static_cast<size_t>(ranks_[0])];
+  if (leads) {
+    sockets_.assign(static_cast<size_t>(local_size()), -1);
+    for (int peer = 1; peer < local_size(); ++peer) {
+      const int socket = accept_from(listener, deadline);
+      int32_t local_rank = 0;
+      receive_all(socket, &local_rank, sizeof(local_rank), deadline);
+      if (local_rank < 1 || local_rank >= local_size() || sockets_[static_cast<size_t>(local_rank)] != -1) {
+        throw Error(ErrorCode::resource, "a process that is no rank of this job connected");
+      }
+      sockets_[static_cast<size_t>(local_rank)] = socket;
+    }
+    if (listener >= 0) close(listener);
+  } else {
+    const int32_t local_rank = local_rank_;
+    sockets_.push_back(connect_to(leader, deadline));
+    send_all(sockets_[0], &local_rank, sizeof(local_rank), deadline);
+  }
+}
+
+std::vector<std::string> Node::exchange(const std::string& message, Deadline deadline) {
+  std::vector<std::string> messages(static_cast<size_t>(local_size()));
+  if (local_rank_ != 0) {
+    send_message(sockets_[0], message, deadline);
+    for (std::string& each : messages) each = receive_message(sockets_[0], deadline);
+    return messages;
+  }
+  messages[0] = message;
+  for (size_t peer = 1; peer < messages.size(); ++peer) {
+    messages[peer] = receive_message(sockets_[peer], deadline);
+  }
+  for (size_t peer = 1; peer < messages.size(); ++peer) {
+    for (const std::string& each : messages) send_message(sockets_[peer], each, deadline);
+  }
+  return messages;
+}
+
+/// The memfds of all ranks, by local rank; the caller closes them, its own among them.
+std::vector<int> Node::exchange_fds(int fd, Deadline deadline) {
+  std::vector<int> fds(static_cast<size_t>(local_size()), -1);
+  fds[static_cast<size_t>(local_rank_)] = fd;
+  if (local_rank_ != 0) {
+    send_fd(sockets_[0], fd, deadline);
+    for (int peer = 0; peer < local_size(); ++peer) {
+      if (peer != local_rank_) fds[static_cast<size_t>(peer)] = receive_fd(sockets_[0], deadline);
+    }
+    return fds;
+  }
+  for (size_t peer = 1; peer < fds.size(); ++peer) fds[peer] = receive_fd(sockets_[peer], deadline);
+  for (size_t peer = 1; peer < fds.size(); ++peer) {
+    for (size_t owner = 0; owner < fds.size(); ++owner) {
+      if (owner != peer) send_fd(sockets_[peer], fds[owner], deadline);
+    }
+  }
+  return fds;
+}
+
+Segment Node::create_segment(size_t size_bytes, Deadline deadline) {
+  Segment segment;
+  segment.size_bytes = size_bytes;
+  segment.blocks.resize(static_cast<size_t>(local_size()));
+  std::shared_ptr<Memory>& own = segment.blocks[static_cast<size_t>(local_rank_)];
+  int fd = -1;
+  std::string failure;
+  try {
+    if (in_process_ || local_size() == 1) {
+      own = allocate_pages(size_bytes);
+    } else {
+      fd = create_memfd(size_bytes);
+    }
+  } catch (const Error& error) {
+    failure = error.what();
+  }
+  const std::vector<std::string> failures = exchange(failure, deadline);
+  if (std::any_of(failures.begin(), failures.end(), [](const auto& text) { return !text.empty(); })) {
+    if (fd >= 0) close(fd);
+    throw_first(failures, ranks_);
+  }
+  if (fd >= 0) {
+    const std::vector<int> fds = exchange_fds(fd, deadline);
+    for (size_t peer = 0; peer < fds.size(); ++peer) {
+      if (failure.empty()) {
+        try {
+          segment.blocks[peer] = map_memfd(fds[peer], size_bytes);
+        } catch (const Error& error) {
+          failure = error.what();
+        }
+      }
+      close(fds[peer]);
+    }
+    throw_first(exchange(failure, deadline), ranks_);
+  } else if (local_size() > 1) {
+    // Threads of one process: pass the addresses of the owners' pointers, which live until all have copied.
+    const auto address = reinterpret_cast<uintptr_t>(&own);
+    const std::vector<std::string> addresses = exchange(std::to_string(address), deadline);
+    for (size_t peer = 0; peer < addresses.size(); ++peer) {
+      if (static_cast<int>(peer) == local_rank_) continue;
+      segment.blocks[peer] = *reinterpret_cast<std::shared_ptr<Memory>*>(std::stoull(addresses[peer]));
+    }
+    exchange("", deadline);
+  }
+  return segment;
+}
+
+}  // namespace ringreduce

@@ -1,0 +1,49 @@
+// A node: the ranks that proved that they share memory, joined by unix sockets in a star around its first
+// rank. The sockets carry what is slow and rare: memory for new segments, and small messages that go with it.
+// They stay open for the life of the communicator. No rank listens on a network.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/deadline.h"
+#include "shm/segment.h"
+
+namespace ringreduce {
+
+/// An allgather of small messages among all ranks of a communicator, in rank order: what a Bootstrap gives.
+using Exchange = std::function<std::vector<std::string>(const std::string&)>;
+
+class Node {
+ public:
+  /// Collective over all ranks of `exchange`. Finds the ranks of this node and connects them.
+  Node(int rank, int size, const Exchange& exchange, bool in_process, Deadline deadline);
+  ~Node();
+
+  int local_rank() const { return local_rank_; }
+  int local_size() const { return static_cast<int>(ranks_.size()); }
+  /// World ranks by local rank.
+  const std::vector<int>& ranks() const { return ranks_; }
+  int num_nodes() const { return num_nodes_; }
+  /// Cores that the node's ranks may use together: the union of their affinity masks, at most the cgroup's quota.
+  int cores() const { return cores_; }
+
+  /// Collective over the node: every rank contributes a block of `size_bytes`. All fail if one fails.
+  Segment create_segment(size_t size_bytes, Deadline deadline);
+
+  /// Collective over the node: an allgather of small messages through the sockets.
+  std::vector<std::string> exchange(const std::string& message, Deadline deadline);
+
+ private:
+  void connect(const Exchange& exchange, Deadline deadline);
+  std::vector<int> exchange_fds(int fd, Deadline deadline);
+
+  int local_rank_ = 0, num_nodes_ = 1, cores_ = 1;
+  bool in_process_;
+  std::vector<int> ranks_;
+  std::vector<int> sockets_;  // leader: by local rank (own: -1); others: one, to the leader
+};
+
+}  // namespace ringreduce

@@ -1,0 +1,52 @@
+// Tensors in private memory, staged through the window in rounds: the phases of two_shot.h's staged_rounds,
+// for reduce_scatter, allgather, and both.
+//
+// Every round has a slot in the staging ring of each rank: an area per block for contributions, and one for
+// the result. Who may write it, without waiting for anybody: with `lead` rounds between two phases, a rank
+// that prepares round r has combined round r - 1 - lead, so all ranks had prepared that one, and so had left
+// round r - 2 - 3 lead behind in every phase. A ring of 3 lead + 2 slots is therefore safe with two counters
+// per rank, prepared and combined, also from one collective to the next.
+#pragma once
+
+#include "shm/window.h"
+
+namespace ringreduce {
+
+class Staged {
+ public:
+  enum class Phases { reduce_scatter, allgather, allreduce };
+  Staged(Window& window, Phases phases, const Blocks& blocks);
+
+  size_t rounds() const { return rounds_; }
+  size_t lead() const { return window_.lead_; }
+
+  /// Round 0 may be prepared before the ranks meet, since that touches nothing but this rank's staging. Then
+  /// their arrival says that it is done, if `all_did` so.
+  void prepare_early();
+  void met(bool all_did) { first_round_met_ = all_did; }
+
+  void prepare(size_t round);
+  void combine(size_t round);
+  void collect(size_t round);
+  /// After the last round.
+  void finish() { window_.next_round_ += rounds_; }
+
+ private:
+  bool gathers() const { return phases_ != Phases::reduce_scatter; }
+  bool reduces() const { return phases_ != Phases::allgather; }
+  Chunk part(int block, size_t round) const { return blocks_[block].piece(round, chunk_); }
+  uint64_t slot(size_t round) const { return window_.next_round_ + round; }
+  Meeting& meeting(size_t round) const;
+  void copy_round(size_t round);
+  bool wait_prepared(size_t round);
+  void combine_owned(size_t round);
+  void combine_claimed(size_t round);
+
+  Window& window_;
+  Phases phases_;
+  Blocks blocks_;
+  size_t chunk_, rounds_;
+  bool early_ = false, first_round_met_ = false;
+};
+
+}  // namespace ringreduce

@@ -1,0 +1,84 @@
+// The Window of the CPU: how ranks that share memory meet, and reduce each other's data where it lies. The
+// algorithms over it are one_shot.h and two_shot.h. One Window per communicator; one collective at a time.
+//
+// Two ways of sharing the work, with the same bits as result. Where every rank has a core, each owns a part
+// of the message, and ranks wait for each other's flags. Where ranks outnumber cores, a part would wait for
+// its owner to be scheduled: there the last to come publishes "go", whoever runs takes the next slice, and
+// who finishes the last one publishes "done".
+#pragma once
+
+#include <vector>
+
+#include "base/chunk.h"
+#include "base/header.h"
+#include "reduce/message.h"
+#include "shm/group.h"
+
+namespace ringreduce {
+
+class Window {
+ public:
+  /// `staging` is a segment of at least staging_bytes(group.size()).
+  Window(Group& group, Segment staging);
+  static size_t staging_bytes();
+
+  /// What one_shot can take: bytes of input per rank.
+  static constexpr size_t largest_share_bytes = size_t{64} << 10;
+  size_t chunk_bytes() const { return chunk_bytes_; }
+
+  /// Starts a collective: `header` is what this rank says of it. All three outlive the collective.
+  void begin(const Header& header, const Message& message, Watch& watch);
+
+  /// Publishes the header, waits for those of all ranks and compares them. False: they differ (mismatch()), or
+  /// the wait was stopped; then nothing of any peer's tensors was touched, and every call here does nothing.
+  bool arrive();
+  bool mismatch() const { return mismatch_; }
+  bool stopped() const { return stopped_; }
+  /// After arrive: what a rank said. Valid until this rank arrives at the next collective.
+  Header header_of(int rank) const;
+
+  // one_shot
+  void share_input(Chunk chunk);
+  void reduce_to_self(Chunk chunk);
+
+  // two_shot over symmetric tensors: where every rank's input and output lie in this process's memory
+  void set_symmetric(int rank, const char* input, char* output);
+  void begin_symmetric(size_t count);
+  bool next_slice(Chunk& slice);
+  void reduce_to_all(Chunk slice);
+  void done();
+
+ private:
+  friend class Staged;
+  bool wait_for(Flag& flag, uint64_t value);
+  bool arrive_by_flags();
+  bool arrive_by_meeting();
+  bool all_agree() const;
+  Meeting& staged_round(uint64_t round) const;
+  char* share(int rank) const;
+  char* contribution(int rank, uint64_t round, int block) const;
+  char* result(int rank, uint64_t round) const { return contribution(rank, round, group_.size()); }
+
+  Group& group_;
+  Segment staging_;
+  size_t chunk_bytes_;
+  uint64_t lead_, depth_;  // of the staging ring (staged.h)
+  uint64_t next_round_ = 0;  // staged rounds over the communicator's life; equal on all ranks
+
+  const Header* header_ = nullptr;
+  const Message* message_ = nullptr;
+  Watch* watch_ = nullptr;
+  bool stopped_ = false, mismatch_ = false;
+
+  // What reduce() is given: by rank, filled anew for each slice.
+  std::vector<Source> sources_;
+  std::vector<Target> targets_;
+
+  // Of a symmetric two_shot.
+  size_t slice_elements_ = 0, next_owned_ = 0;
+  Chunk owned_;
+  std::vector<const char*> symmetric_inputs_;
+  std::vector<char*> symmetric_outputs_;
+};
+
+}  // namespace ringreduce
