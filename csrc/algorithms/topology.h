@@ -1,14 +1,18 @@
-// Who talks to whom: the ring, and the two binary trees over which a message travels in halves. Closed
-// forms: every rank computes its own neighbours, and anybody else's, without asking.
+// Who talks to whom: the ring, and the two binary trees over which a message travels in halves.
+// Closed forms: every rank computes its own neighbours, and anybody else's, without asking.
 #pragma once
 
 #include "base/device.h"
 
 namespace ringreduce {
 
-/// Each channel is a FIFO of its own between two ranks, so messages of different trees or directions never
-/// queue behind each other, and no order depends on timing.
-enum Channel : int { ring_channel = 0, up_channel = 1, down_channel = 3 };  // tree t: up + t, down + t
+/// Each channel is a FIFO of its own between two ranks, so messages of different trees or
+/// directions never queue behind each other, and no order depends on timing.
+enum Channel : int {
+  ring_channel = 0,
+  up_channel = 1,
+  down_channel = 3
+};  // tree t: up + t, down + t
 inline constexpr int num_channels = 5;
 
 /// One end of a FIFO as an algorithm names it: the rank at the other end, and the channel.
@@ -33,7 +37,9 @@ struct Ring {
   int rank, size;
 
   RR_HOST_DEVICE constexpr Peer next() const { return {(rank + 1) % size, ring_channel}; }
-  RR_HOST_DEVICE constexpr Peer previous() const { return {(rank + size - 1) % size, ring_channel}; }
+  RR_HOST_DEVICE constexpr Peer previous() const {
+    return {(rank + size - 1) % size, ring_channel};
+  }
 };
 
 /// A rank's place in one tree. depth = edges to the root.
@@ -44,8 +50,9 @@ struct TreePlace {
   int depth = 0;
 };
 
-/// The in-order binary tree over positions 0 .. size-1: position 0 is the root and has one child; below it,
-/// a position's level is the number of its trailing zero bits, so all odd positions are leaves.
+/// The in-order binary tree over positions 0 .. size-1: position 0 is the root and has one child;
+/// below it, a position's level is the number of its trailing zero bits, so all odd positions are
+/// leaves.
 struct InorderTree {
   int size;
 
@@ -53,7 +60,8 @@ struct InorderTree {
     if (position == 0) return -1;
     const int bit = position & -position;
     const int wanted = (position & ~bit) | (bit << 1);
-    return wanted < size ? wanted : position & ~bit;  // past the end: the left neighbour on that level
+    return wanted < size ? wanted
+                         : position & ~bit;  // past the end: the left neighbour on that level
   }
 
   /// The child to the right must exist within `size`: levels are skipped until one does.
@@ -89,10 +97,10 @@ struct InorderTree {
   }
 };
 
-/// Two trees over the same ranks, each carrying half of the message (Sanders, Speck, Traeff: "Two-tree
-/// algorithms for full bandwidth broadcast, reduction and scan", 2009). A leaf only sends; so the second
-/// tree makes the leaves of the first its inner nodes: mirrored for even sizes, shifted by one for odd ones,
-/// where exactly one rank is inner in both.
+/// Two trees over the same ranks, each carrying half of the message (Sanders, Speck, Traeff:
+/// "Two-tree algorithms for full bandwidth broadcast, reduction and scan", 2009). A leaf only
+/// sends; so the second tree makes the leaves of the first its inner nodes: mirrored for even
+/// sizes, shifted by one for odd ones, where exactly one rank is inner in both.
 struct DoubleTree {
   int size;
 

@@ -1,12 +1,14 @@
-// The double binary tree: sums travel up to the root, results down again, half of the message on each of
-// two trees (topology.h names the paper). Latency grows with log2 p, and a rank sends no more than about
-// twice the message, as on the ring: the choice for many ranks and middling messages.
+// The double binary tree: sums travel up to the root, results down again, half of the message on
+// each of two trees (topology.h names the paper). Latency grows with log2 p, and a rank sends no
+// more than about twice the message, as on the ring: the choice for many ranks and middling
+// messages.
 //
-// Depth of a rank: d; height of the trees: H; chunks per half: C. The schedule is skewed: at step s a rank
-// moves chunk s - (H - d) up and chunk s - (H + d) down, so that every message is received exactly one step
-// after it was sent, and all chunks are under way at once: 2 H + C steps. Going up and then down chunk by
-// chunk would not pipeline: 2 H C steps. Two slots per FIFO are enough: by induction over the steps, the
-// slot a message needs was emptied the step before. The Wire is the ring's (ring.h).
+// Depth of a rank: d; height of the trees: H; chunks per half: C. The schedule is skewed: at step s
+// a rank moves chunk s - (H - d) up and chunk s - (H + d) down, so that every message is received
+// exactly one step after it was sent, and all chunks are under way at once: 2 H + C steps. Going up
+// and then down chunk by chunk would not pipeline: 2 H C steps. Two slots per FIFO are enough: by
+// induction over the steps, the slot a message needs was emptied the step before. The Wire is the
+// ring's (ring.h).
 #pragma once
 
 #include "algorithms/topology.h"
@@ -43,8 +45,8 @@ struct TreePart {
   RR_HOST_DEVICE bool is_root() const { return up_to.count == 0; }
 };
 
-/// The reduce: the children's partial sums and mine go to the parent. The root finishes the sum, keeps it,
-/// and starts it on its way down.
+/// The reduce: the children's partial sums and mine go to the parent. The root finishes the sum,
+/// keeps it, and starts it on its way down.
 template <class Wire>
 RR_HOST_DEVICE void tree_up(Wire& wire, const TreePart& part, Chunk chunk) {
   if (part.is_root()) {
@@ -63,7 +65,8 @@ RR_HOST_DEVICE void tree_down(Wire& wire, const TreePart& part, Chunk chunk) {
 /// Both on both trees, in one skewed schedule.
 template <class Wire>
 RR_HOST_DEVICE void tree_allreduce(Wire& wire, int rank, int size, size_t count, size_t chunk) {
-  const TreePart parts[2] = {TreePart::of(0, rank, size, count), TreePart::of(1, rank, size, count)};
+  const TreePart parts[2] = {TreePart::of(0, rank, size, count),
+                             TreePart::of(1, rank, size, count)};
   const long height = parts[0].height;
   const long chunks = static_cast<long>((parts[0].half.length + chunk - 1) / chunk);
   for (long step = 0; step < chunks + 2 * height; ++step) {

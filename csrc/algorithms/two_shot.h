@@ -1,12 +1,14 @@
-// Two shot: each slice of the message is reduced by one rank only, from all p inputs in rank order 0 .. p-1,
-// and the result reaches all p outputs. The bits are the same on all ranks, in every run, whoever reduced.
+// Two shot: each slice of the message is reduced by one rank only, from all p inputs in rank order
+// 0 .. p-1, and the result reaches all p outputs. The bits are the same on all ranks, in every run,
+// whoever reduced.
 //
-// A Window is memory of every rank that all can reach. If the tensors themselves lie there (symmetric), a
-// slice is read from p inputs and stored to p outputs: every input is read once and every output written
-// once, the least that is possible. Tensors anywhere else are staged: copied through the window in rounds,
-// and the three phases of a round are skewed against each other, so that ranks rarely wait:
-//   symmetric:  arrive() -> all have come and agree    next_slice(slice)    reduce_to_all(slice)    done()
-//   staged:     prepare(round)  put my contribution into the window
+// A Window is memory of every rank that all can reach. If the tensors themselves lie there
+// (symmetric), a slice is read from p inputs and stored to p outputs: every input is read once and
+// every output written once, the least that is possible. Tensors anywhere else are staged: copied
+// through the window in rounds, and the three phases of a round are skewed against each other, so
+// that ranks rarely wait:
+//   symmetric:  arrive() -> all have come and agree    next_slice(slice)    reduce_to_all(slice)
+//   done() staged:     prepare(round)  put my contribution into the window
 //               combine(round)  reduce the slices of the round that fall to me
 //               collect(round)  fetch what is finished
 #pragma once
@@ -22,8 +24,9 @@ RR_HOST_DEVICE void two_shot_allreduce(Window& window) {
   window.done();
 }
 
-/// Staged rounds. `lead`: by how many rounds each phase runs ahead of the next one; the window has room for
-/// 2 * lead + 1 rounds at least. Reduce_scatter is this without collect, allgather without combine.
+/// Staged rounds. `lead`: by how many rounds each phase runs ahead of the next one; the window has
+/// room for 2 * lead + 1 rounds at least. Reduce_scatter is this without collect, allgather without
+/// combine.
 template <class Phases>
 RR_HOST_DEVICE void staged_rounds(Phases& phases, size_t rounds, size_t lead) {
   for (size_t step = 0; step < rounds + 2 * lead; ++step) {

@@ -1,5 +1,5 @@
-// A chunk is a half-open range of elements of a message; blocks are a message cut into one range per
-// rank. This is all that an algorithm knows of the data: no pointers, no types, no bytes.
+// A chunk is a half-open range of elements of a message; blocks are a message cut into one range
+// per rank. This is all that an algorithm knows of the data: no pointers, no types, no bytes.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,8 @@ struct Chunk {
   RR_HOST_DEVICE constexpr size_t end() const { return offset + length; }
   RR_HOST_DEVICE constexpr bool empty() const { return length == 0; }
 
-  /// The `index`-th piece of this range when it is cut into pieces of `piece` elements; empty past the end.
+  /// The `index`-th piece of this range when it is cut into pieces of `piece` elements; empty past
+  /// the end.
   RR_HOST_DEVICE constexpr Chunk piece(size_t index, size_t piece) const {
     const size_t begin = index * piece < length ? index * piece : length;
     const size_t left = length - begin;
@@ -24,11 +25,12 @@ struct Chunk {
   }
 };
 
-/// How a message of `count` elements is divided: block r belongs to rank r. Three forms, all of them
-/// pure functions of values that every rank knows:
+/// How a message of `count` elements is divided: block r belongs to rank r. Three forms, all of
+/// them pure functions of values that every rank knows:
 ///   even   equal blocks, rounded up to `granule` elements so that no two ranks share a cache line
 ///   table  given offsets (size + 1 of them, not owned), as allgather and reduce_scatter need
-///   single all of it belongs to one rank; so a broadcast is an allgather and a reduce a reduce_scatter
+///   single all of it belongs to one rank; so a broadcast is an allgather and a reduce a
+///   reduce_scatter
 class Blocks {
  public:
   static constexpr Blocks even(size_t count, int size, size_t granule = 1) {

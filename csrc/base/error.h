@@ -1,5 +1,6 @@
-// What can go wrong in a collective, as the core's own exception. Algorithms never throw: windows and wires
-// turn into no-ops after a failure, and the communicator throws once, when the algorithm has returned.
+// What can go wrong in a collective, as the core's own exception. Algorithms never throw: windows
+// and wires turn into no-ops after a failure, and the communicator throws once, when the algorithm
+// has returned.
 #pragma once
 
 #include <stdexcept>

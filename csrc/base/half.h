@@ -1,8 +1,8 @@
 // The 16-bit floats and their conversions from and to float32: exact one way, rounded once to
 // nearest, ties to even, the other way. NaN stays NaN and denormals are kept, also in a thread that
 // flushes denormals to zero. Written in integers and selects, so that a loop over them vectorises
-// on every CPU; always inlined, so that a file built for a newer CPU leaves no copy that others could
-// call. No arithmetic: 16-bit floats are always computed in float32.
+// on every CPU; always inlined, so that a file built for a newer CPU leaves no copy that others
+// could call. No arithmetic: 16-bit floats are always computed in float32.
 #pragma once
 
 #include <cstdint>
@@ -40,16 +40,17 @@ struct bf16 {  // 1 sign bit, 8 exponent bits (bias 127), 7 fraction bits
   return (yes & mask) | (no & ~mask);
 }
 
-[[gnu::always_inline]] RR_HOST_DEVICE inline float to_float(bf16 value) { return float_of(uint32_t{value.bits} << 16); }
+[[gnu::always_inline]] RR_HOST_DEVICE inline float to_float(bf16 value) {
+  return float_of(uint32_t{value.bits} << 16);
+}
 
 [[gnu::always_inline]] RR_HOST_DEVICE inline bf16 to_bf16(float value) {
   const uint32_t bits = bits_of(value);
-  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
   // Adding just under half of the last kept bit, and one more if that bit is odd, rounds to nearest
   // even; the carry may run into the exponent, up to infinity, which is what rounding asks for.
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x0040;
-  return {static_cast<uint16_t>(is_nan ? quiet_nan : rounded)};
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const uint32_t quiet_nan = bits | 0x00400000;
+  return {static_cast<uint16_t>((value != value ? quiet_nan : rounded) >> 16)};
 }
 
 [[gnu::always_inline]] RR_HOST_DEVICE inline float to_float(f16 value) {
@@ -57,7 +58,8 @@ struct bf16 {  // 1 sign bit, 8 exponent bits (bias 127), 7 fraction bits
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;  // at float32's places
   const uint32_t normal = magnitude + rebias;
-  // Infinity and NaN: all exponent bits set. A NaN becomes a quiet one, as the CPU's instruction does.
+  // Infinity and NaN: all exponent bits set. A NaN becomes a quiet one, as the CPU's instruction
+  // does.
   const uint32_t special = magnitude | 0x7f800000 | (magnitude > 0x0f800000 ? 0x00400000 : 0);
   // A denormal is fraction * 2^-24. With an exponent in front it reads 2^-14 + fraction * 2^-24;
   // taking 2^-14 away again is exact.
@@ -73,7 +75,8 @@ struct bf16 {  // 1 sign bit, 8 exponent bits (bias 127), 7 fraction bits
   const uint32_t magnitude = bits & 0x7fffffff;
   // As in to_bf16, with 13 bits to drop. From 65520 on, the carry makes it infinity (0x7c00).
   const uint32_t normal = (magnitude - rebias + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2^-14 the result is a multiple of 2^-24, which is the last place of 0.5: the addition rounds.
+  // Below 2^-14 the result is a multiple of 2^-24, which is the last place of 0.5: the addition
+  // rounds.
   const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t finite = choose(magnitude < bits_of(0x1p-14f), denormal, normal);
   const uint32_t quiet_nan = 0x7e00 | ((magnitude >> 13) & 0x03ff);

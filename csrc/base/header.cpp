@@ -24,7 +24,8 @@ std::string Header::describe() const {
   if (what == Kind::barrier) return text + "()";
   if (what == Kind::allocate) return text + "(" + std::to_string(count) + " bytes)";
   text += "(";
-  const bool reduces = what == Kind::allreduce || what == Kind::reduce_scatter || what == Kind::reduce;
+  const bool reduces =
+      what == Kind::allreduce || what == Kind::reduce_scatter || what == Kind::reduce;
   if (reduces) text += std::string(name_of(static_cast<Op>(op))) + ", ";
   text += name_of(static_cast<Dtype>(dtype));
   text += what == Kind::allgather ? ", row shape (" : ", shape (";

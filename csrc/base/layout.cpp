@@ -5,7 +5,8 @@
 namespace ringreduce {
 namespace {
 
-/// `item_bytes` is a compile-time constant for the usual sizes, so a copy is one load and one store.
+/// `item_bytes` is a compile-time constant for the usual sizes, so a copy is one load and one
+/// store.
 template <size_t item_bytes>
 void copy_row(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t length) {
   for (int64_t i = 0; i < length; ++i) {
@@ -21,11 +22,16 @@ void copy_row(size_t item_bytes, char* to, int64_t to_stride, const char* from, 
     return;
   }
   switch (item_bytes) {
-    case 1: return copy_row<1>(to, to_stride, from, from_stride, length);
-    case 2: return copy_row<2>(to, to_stride, from, from_stride, length);
-    case 4: return copy_row<4>(to, to_stride, from, from_stride, length);
-    case 8: return copy_row<8>(to, to_stride, from, from_stride, length);
-    default: return copy_row<16>(to, to_stride, from, from_stride, length);
+    case 1:
+      return copy_row<1>(to, to_stride, from, from_stride, length);
+    case 2:
+      return copy_row<2>(to, to_stride, from, from_stride, length);
+    case 4:
+      return copy_row<4>(to, to_stride, from, from_stride, length);
+    case 8:
+      return copy_row<8>(to, to_stride, from, from_stride, length);
+    default:
+      return copy_row<16>(to, to_stride, from, from_stride, length);
   }
 }
 
@@ -54,7 +60,8 @@ void for_each_row(const Layout& layout, Visit visit) {
 }
 
 int64_t row_stride(const Layout& layout) {
-  return layout.shape.empty() ? static_cast<int64_t>(layout.item_bytes) : layout.strides_bytes.back();
+  return layout.shape.empty() ? static_cast<int64_t>(layout.item_bytes)
+                              : layout.strides_bytes.back();
 }
 
 }  // namespace

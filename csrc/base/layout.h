@@ -1,5 +1,6 @@
-// Where the elements of a tensor lie: shape and strides. Tensors that are not C-contiguous are packed into
-// logical order before a collective and unpacked after it; everything else sees contiguous memory only.
+// Where the elements of a tensor lie: shape and strides. Tensors that are not C-contiguous are
+// packed into logical order before a collective and unpacked after it; everything else sees
+// contiguous memory only.
 #pragma once
 
 #include <cstddef>

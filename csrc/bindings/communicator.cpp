@@ -1,4 +1,7 @@
-// Communicator and Work for Python. Waits release the GIL; signals are looked at while waiting, so Ctrl-C works.
+// Communicator and Work for Python. Waits release the GIL; signals are looked at while waiting, so
+// Ctrl-C works.
+#include "comm/communicator.h"
+
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -9,7 +12,6 @@
 #include <optional>
 
 #include "bindings/bindings.h"
-#include "comm/communicator.h"
 
 namespace nb = nanobind;
 
@@ -18,8 +20,8 @@ namespace {
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 
-/// Runs Python's signal handlers during a wait and keeps what they raise. Other threads than the main one have
-/// none to run.
+/// Runs Python's signal handlers during a wait and keeps what they raise. Other threads than the
+/// main one have none to run.
 class Signals {
  public:
   Interrupted asker() {
@@ -31,7 +33,8 @@ class Signals {
     };
   }
 
-  /// Calls `function` without the GIL; raises what a signal handler raised in place of the core's error.
+  /// Calls `function` without the GIL; raises what a signal handler raised in place of the core's
+  /// error.
   template <class Function>
   auto guard(Function function) {
     try {
@@ -47,8 +50,8 @@ class Signals {
   std::optional<nb::python_error> raised_;
 };
 
-/// What Python holds: the communicator, and the objects whose memory operations under way use. The latter are
-/// released on Python's threads only, since the progress thread must not touch them.
+/// What Python holds: the communicator, and the objects whose memory operations under way use. The
+/// latter are released on Python's threads only, since the progress thread must not touch them.
 struct PyCommunicator {
   std::unique_ptr<Communicator> communicator;
   std::deque<std::pair<std::shared_ptr<Work>, nb::object>> kept;
@@ -78,8 +81,8 @@ Layout layout(nb::handle shape, nb::handle strides, Dtype dtype) {
   return result;
 }
 
-/// (input address, output address, shape, input strides or None, output strides or None). A reduce_scatter's
-/// output has another first dimension than its input: this rank's rows.
+/// (input address, output address, shape, input strides or None, output strides or None). A
+/// reduce_scatter's output has another first dimension than its input: this rank's rows.
 Tensor tensor(nb::tuple fields, const Call& call, const Communicator& communicator) {
   Tensor result;
   result.input = reinterpret_cast<const char*>(nb::cast<uintptr_t>(fields[0]));
@@ -88,15 +91,15 @@ Tensor tensor(nb::tuple fields, const Call& call, const Communicator& communicat
   result.output_layout = layout(fields[2], fields[4], call.dtype);
   if (call.kind == Kind::reduce_scatter) {
     const auto rank = static_cast<size_t>(communicator.core().rank);
-    const std::vector<size_t> offsets =
-        split_rows(static_cast<size_t>(result.input_layout.shape.at(0)), 1, communicator.core().size);
+    const std::vector<size_t> offsets = split_rows(
+        static_cast<size_t>(result.input_layout.shape.at(0)), 1, communicator.core().size);
     result.output_layout.shape[0] = static_cast<int64_t>(offsets[rank + 1] - offsets[rank]);
   }
   return result;
 }
 
-nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::list tensors, nb::object keepalive,
-                  bool asynchronous) {
+nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::list tensors,
+                  nb::object keepalive, bool asynchronous) {
   PyCommunicator& owner = nb::cast<PyCommunicator&>(self);
   Communicator& communicator = *owner.communicator;
   Call call;
@@ -130,7 +133,8 @@ void wait_for(PyWork& self, std::optional<double> timeout_s) {
   });
   if (timed_out) {
     PyErr_Format(PyExc_TimeoutError,
-                 "the operation has not ended within the wait's timeout; it goes on, and may be waited for again");
+                 "the operation has not ended within the wait's timeout; it goes on, and may be "
+                 "waited for again");
     throw nb::python_error();
   }
   owner.release_finished();
@@ -140,7 +144,8 @@ void wait_for(PyWork& self, std::optional<double> timeout_s) {
 template <class Owner>
 nb::object bytes_array(char* data, size_t size_bytes, std::shared_ptr<Owner> owner) {
   auto* kept = new std::shared_ptr<Owner>(std::move(owner));
-  nb::capsule capsule(kept, [](void* pointer) noexcept { delete static_cast<std::shared_ptr<Owner>*>(pointer); });
+  nb::capsule capsule(
+      kept, [](void* pointer) noexcept { delete static_cast<std::shared_ptr<Owner>*>(pointer); });
   return nb::cast(Bytes(data, {size_bytes}, capsule));
 }
 
@@ -160,11 +165,13 @@ Algorithm algorithm_named(const std::string& name) {
   for (size_t index = 0; index < std::size(algorithm_names); ++index) {
     if (name == algorithm_names[index]) return static_cast<Algorithm>(index);
   }
-  throw Error(ErrorCode::invalid, "unknown algorithm '" + name + "': use auto, one_shot, two_shot, ring or tree");
+  throw Error(ErrorCode::invalid,
+              "unknown algorithm '" + name + "': use auto, one_shot, two_shot, ring or tree");
 }
 
-void construct(PyCommunicator* self, int rank, int size, nb::callable exchange, bool in_process, double timeout_s,
-               double warn_after_s, const std::string& algorithm, const std::string& name) {
+void construct(PyCommunicator* self, int rank, int size, nb::callable exchange, bool in_process,
+               double timeout_s, double warn_after_s, const std::string& algorithm,
+               const std::string& name) {
   Options options{in_process, timeout_s, warn_after_s, algorithm_named(algorithm), name};
   const Exchange native_exchange = [&exchange, size](const std::string& message) {
     nb::gil_scoped_acquire gil;
@@ -192,7 +199,8 @@ nb::dict window_info(PyCommunicator& self) {
   nb::dict info;
   info["cores"] = core.node.cores();
   info["nodes"] = core.node.num_nodes();
-  info["slices"] = core.group.claims() ? "claimed (ranks outnumber cores)" : "owned (a core per rank)";
+  info["slices"] =
+      core.group.claims() ? "claimed (ranks outnumber cores)" : "owned (a core per rank)";
   info["staging_bytes"] = Window::staging_bytes();
   info["chunk_bytes"] = core.window.chunk_bytes();
   info["wire_bytes"] = core.wire ? ShmWire::segment_bytes() : size_t{0};
@@ -211,13 +219,15 @@ nb::dict stats(PyCommunicator& self) {
 }
 
 std::string choice(PyCommunicator& self, int kind, size_t message_bytes) {
-  const Choice choice = self.communicator->core().tuner.choose(static_cast<Kind>(kind), message_bytes);
+  const Choice choice =
+      self.communicator->core().tuner.choose(static_cast<Kind>(kind), message_bytes);
   return algorithm_names[static_cast<size_t>(choice.algorithm)];
 }
 
 void drain(PyCommunicator& self, double timeout_s) {
   Signals signals;
-  const bool ended = signals.guard([&] { return self.communicator->drain(timeout_s, signals.asker()); });
+  const bool ended =
+      signals.guard([&] { return self.communicator->drain(timeout_s, signals.asker()); });
   if (!ended) {
     PyErr_SetString(PyExc_TimeoutError, "operations are still under way");
     throw nb::python_error();
@@ -236,24 +246,29 @@ void register_communicator(nb::module_& m) {
 
   const auto core = [](PyCommunicator& self) -> Core& { return self.communicator->core(); };
   nb::class_<PyCommunicator>(m, "Communicator", nb::is_weak_referenceable())
-      .def("__init__", &construct, nb::arg("rank"), nb::arg("size"), nb::arg("exchange"), nb::kw_only(),
-           nb::arg("in_process"), nb::arg("timeout_s"), nb::arg("warn_after_s"), nb::arg("algorithm"),
-           nb::arg("name"))
+      .def("__init__", &construct, nb::arg("rank"), nb::arg("size"), nb::arg("exchange"),
+           nb::kw_only(), nb::arg("in_process"), nb::arg("timeout_s"), nb::arg("warn_after_s"),
+           nb::arg("algorithm"), nb::arg("name"))
       .def_prop_ro("rank", [core](PyCommunicator& self) { return core(self).rank; })
       .def_prop_ro("size", [core](PyCommunicator& self) { return core(self).size; })
-      .def_prop_ro("local_rank", [core](PyCommunicator& self) { return core(self).node.local_rank(); })
-      .def_prop_ro("local_size", [core](PyCommunicator& self) { return core(self).node.local_size(); })
+      .def_prop_ro("local_rank",
+                   [core](PyCommunicator& self) { return core(self).node.local_rank(); })
+      .def_prop_ro("local_size",
+                   [core](PyCommunicator& self) { return core(self).node.local_size(); })
       .def_prop_ro("closed", [](PyCommunicator& self) { return self.communicator->closed(); })
       .def_prop_ro("aborted", [core](PyCommunicator& self) { return core(self).group.aborted(); })
       .def_prop_ro("sequence", [core](PyCommunicator& self) { return core(self).sequence.load(); })
       .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
            nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"))
       .def("allocate", &allocate)
-      .def("is_symmetric",
-           [core](PyCommunicator& self, uintptr_t address, size_t size_bytes) {
-             return core(self).arena->locate(reinterpret_cast<void*>(address), size_bytes).segment != 0;
-           })
-      .def("abort", [](PyCommunicator& self, const std::string& reason) { self.communicator->abort(reason); })
+      .def(
+          "is_symmetric",
+          [core](PyCommunicator& self, uintptr_t address, size_t size_bytes) {
+            return core(self).arena->locate(reinterpret_cast<void*>(address), size_bytes).segment !=
+                   0;
+          })
+      .def("abort", [](PyCommunicator& self,
+                       const std::string& reason) { self.communicator->abort(reason); })
       .def("close", [](PyCommunicator& self) { self.communicator->close(); })
       .def("drain", &drain)
       .def("mark_reported", [core](PyCommunicator& self) { core(self).group.mark_reported(); })

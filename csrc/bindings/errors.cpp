@@ -1,6 +1,5 @@
 // The core's Error becomes the matching class of ringreduce.errors.
 #include "base/error.h"
-
 #include "bindings/bindings.h"
 
 namespace nb = nanobind;
@@ -10,12 +9,18 @@ namespace {
 
 const char* class_of(ErrorCode code) {
   switch (code) {
-    case ErrorCode::mismatch: return "MismatchError";
-    case ErrorCode::timeout: return "CollectiveTimeout";
-    case ErrorCode::peer_failed: return "PeerFailed";
-    case ErrorCode::closed: return "NotInitialized";
-    case ErrorCode::resource: return "ResourceError";
-    default: return "RingReduceError";
+    case ErrorCode::mismatch:
+      return "MismatchError";
+    case ErrorCode::timeout:
+      return "CollectiveTimeout";
+    case ErrorCode::peer_failed:
+      return "PeerFailed";
+    case ErrorCode::closed:
+      return "NotInitialized";
+    case ErrorCode::resource:
+      return "ResourceError";
+    default:
+      return "RingReduceError";
   }
 }
 
@@ -31,8 +36,9 @@ void register_errors(nb::module_&) {
       } else if (error.code() == ErrorCode::interrupted) {
         PyErr_SetString(PyExc_KeyboardInterrupt, error.what());
       } else {
-        PyErr_SetString(nb::module_::import_("ringreduce.errors").attr(class_of(error.code())).ptr(),
-                        error.what());
+        PyErr_SetString(
+            nb::module_::import_("ringreduce.errors").attr(class_of(error.code())).ptr(),
+            error.what());
       }
     }
   });

@@ -1,5 +1,5 @@
-// The extension module ringreduce._core: a contents page. Everything here converts arguments and errors; what
-// happens is decided below, in comm/.
+// The extension module ringreduce._core: a contents page. Everything here converts arguments and
+// errors; what happens is decided below, in comm/.
 #include <nanobind/nanobind.h>
 
 #include "bindings/bindings.h"

@@ -1,4 +1,5 @@
-// The numbers behind the names of collectives, operations, dtypes and algorithms; and how this build was made.
+// The numbers behind the names of collectives, operations, dtypes and algorithms; and how this
+// build was made.
 #include <nanobind/stl/string.h>
 
 #include "base/dtype.h"
@@ -30,14 +31,16 @@ void register_words(nb::module_& m) {
     kinds[name_of(static_cast<Kind>(kind))] = kind;
   }
   for (int op = 0; op < num_ops; ++op) ops[name_of(static_cast<Op>(op))] = op;
-  for (int dtype = 0; dtype < num_dtypes; ++dtype) dtypes[name_of(static_cast<Dtype>(dtype))] = dtype;
+  for (int dtype = 0; dtype < num_dtypes; ++dtype)
+    dtypes[name_of(static_cast<Dtype>(dtype))] = dtype;
   nb::list algorithms;
   for (const char* name : algorithm_names) algorithms.append(name);
   m.attr("KINDS") = kinds;
   m.attr("OPS") = ops;
   m.attr("DTYPES") = dtypes;
   m.attr("ALGORITHMS") = nb::tuple(algorithms);
-  m.def("build_info", &build_info, "How this extension was built, and what it found on this machine.");
+  m.def("build_info", &build_info,
+        "How this extension was built, and what it found on this machine.");
 }
 
 }  // namespace ringreduce

@@ -1,7 +1,8 @@
-// Symmetric memory: blocks that lie in segments mapped by all ranks of the node, so that two_shot reduces them
-// without a copy. Allocation is collective; freeing is not, since ranks collect garbage at different times: a
-// freed block is only marked, the marks are exchanged at the next allocation, and what all ranks have freed is
-// used again. Every rank runs the same allocator on the same inputs, so all come to the same places.
+// Symmetric memory: blocks that lie in segments mapped by all ranks of the node, so that two_shot
+// reduces them without a copy. Allocation is collective; freeing is not, since ranks collect
+// garbage at different times: a freed block is only marked, the marks are exchanged at the next
+// allocation, and what all ranks have freed is used again. Every rank runs the same allocator on
+// the same inputs, so all come to the same places.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@ class Arena;
 /// A rank's end of a symmetric block. Holds the memory, also after the communicator is closed.
 class Block {
  public:
-  Block(std::shared_ptr<Arena> arena, uint64_t id, char* data) : arena_(std::move(arena)), id_(id), data_(data) {}
+  Block(std::shared_ptr<Arena> arena, uint64_t id, char* data)
+      : arena_(std::move(arena)), id_(id), data_(data) {}
   ~Block();
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -36,7 +38,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// Collective over the node, in the same order on all ranks.
   std::shared_ptr<Block> allocate(Node& node, size_t size_bytes, Deadline deadline);
 
-  /// Where memory of this rank lies: the number of its segment, counted from 1, and the offset from its start.
+  /// Where memory of this rank lies: the number of its segment, counted from 1, and the offset from
+  /// its start.
   struct Place {
     uint64_t segment = 0;  // 0: private memory
     uint64_t offset_bytes = 0;

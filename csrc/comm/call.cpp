@@ -30,7 +30,8 @@ Header Call::header(uint64_t sequence) const {
   header.num_tensors = tensors.size();
   header.count = kind == Kind::allocate ? bytes : 0;
   uint64_t hash = 0xcbf29ce484222325ull;
-  // An allgather's first dimensions may differ: its header shows a row, and the number of rows apart from it.
+  // An allgather's first dimensions may differ: its header shows a row, and the number of rows
+  // apart from it.
   const size_t first = kind == Kind::allgather ? 1 : 0;
   for (const Tensor& tensor : tensors) {
     const std::vector<int64_t>& shape = tensor.input_layout.shape;
@@ -48,7 +49,8 @@ Header Call::header(uint64_t sequence) const {
   for (size_t i = 0; i < std::min<size_t>(shown, Header::max_dimensions); ++i) {
     header.shape[i] = static_cast<uint64_t>(shape[first + i]);
   }
-  if (kind == Kind::allgather) header.rows = shape.empty() ? 1 : static_cast<uint64_t>(shape.front());
+  if (kind == Kind::allgather)
+    header.rows = shape.empty() ? 1 : static_cast<uint64_t>(shape.front());
   return header;
 }
 
@@ -56,7 +58,8 @@ std::vector<size_t> split_rows(size_t rows, size_t row_elements, int size) {
   const auto parts = static_cast<size_t>(size);
   std::vector<size_t> offsets{0};
   for (size_t part = 0; part < parts; ++part) {
-    offsets.push_back(offsets.back() + (rows / parts + (part < rows % parts ? 1 : 0)) * row_elements);
+    offsets.push_back(offsets.back() +
+                      (rows / parts + (part < rows % parts ? 1 : 0)) * row_elements);
   }
   return offsets;
 }
@@ -77,9 +80,11 @@ Operands::Operands(const Call& call) : call_(call) {
       input = packed_.back().get();
     }
     if (output && !tensor.output_layout.contiguous()) {
-      // In place, the packed input serves as the packed output: as elsewhere, a rank then has one buffer.
+      // In place, the packed input serves as the packed output: as elsewhere, a rank then has one
+      // buffer.
       if (tensor.input != tensor.output) {
-        packed_.push_back(std::make_unique_for_overwrite<char[]>(output_count * message_.item_bytes));
+        packed_.push_back(
+            std::make_unique_for_overwrite<char[]>(output_count * message_.item_bytes));
       }
       output = packed_.back().get();
       unpacking_.push_back({index, output});

@@ -1,4 +1,5 @@
-// A collective as its caller states it, in memory of this rank, and the header that tells the others.
+// A collective as its caller states it, in memory of this rank, and the header that tells the
+// others.
 #pragma once
 
 #include <memory>
@@ -12,7 +13,8 @@
 
 namespace ringreduce {
 
-/// One tensor of a call. Null where a rank has none: a reduce's output off root, an allgather's output.
+/// One tensor of a call. Null where a rank has none: a reduce's output off root, an allgather's
+/// output.
 struct Tensor {
   const char* input = nullptr;
   char* output = nullptr;
@@ -33,12 +35,12 @@ struct Call {
   Header header(uint64_t sequence) const;
 };
 
-/// Offsets of np.array_split(x, size) in elements, for an x of `rows` rows: the first rows % size parts have
-/// one row more. size + 1 numbers.
+/// Offsets of np.array_split(x, size) in elements, for an x of `rows` rows: the first rows % size
+/// parts have one row more. size + 1 numbers.
 std::vector<size_t> split_rows(size_t rows, size_t row_elements, int size);
 
-/// The call's tensors as one message of contiguous runs. Strided tensors are packed into memory of its own, and
-/// unpacked by finish().
+/// The call's tensors as one message of contiguous runs. Strided tensors are packed into memory of
+/// its own, and unpacked by finish().
 class Operands {
  public:
   explicit Operands(const Call& call);

@@ -32,12 +32,24 @@ class Collective {
     core_.window.begin(header_, message_, watch_);
     switch (call_.kind) {
       case Kind::barrier:
-      case Kind::allocate: core_.window.arrive(); break;
-      case Kind::allreduce: allreduce(); break;
-      case Kind::reduce_scatter: reduce_scatter(); break;
-      case Kind::allgather: allgather(); break;
-      case Kind::broadcast: broadcast(); break;
-      case Kind::reduce: reduce_to_root(); break;
+      case Kind::allocate:
+        core_.window.arrive();
+        break;
+      case Kind::allreduce:
+        allreduce();
+        break;
+      case Kind::reduce_scatter:
+        reduce_scatter();
+        break;
+      case Kind::allgather:
+        allgather();
+        break;
+      case Kind::broadcast:
+        broadcast();
+        break;
+      case Kind::reduce:
+        reduce_to_root();
+        break;
     }
     if (core_.window.mismatch()) throw_mismatch();
     if (core_.window.stopped() || wire_stopped_) throw_failure();
@@ -64,7 +76,8 @@ class Collective {
         break;
       case Algorithm::ring:
         if (!core_.window.arrive()) return;
-        over_wire([&](ShmWire& wire, size_t chunk) { ring_allreduce(wire, ring(), blocks, chunk); });
+        over_wire(
+            [&](ShmWire& wire, size_t chunk) { ring_allreduce(wire, ring(), blocks, chunk); });
         break;
       case Algorithm::tree:
         if (!core_.window.arrive()) return;
@@ -85,7 +98,8 @@ class Collective {
     if (!symmetric) staged.prepare_early();
     if (!core_.window.arrive()) return;
     int num_symmetric = 0;
-    for (int peer = 0; peer < core_.size; ++peer) num_symmetric += core_.window.header_of(peer).segment != 0;
+    for (int peer = 0; peer < core_.size; ++peer)
+      num_symmetric += core_.window.header_of(peer).segment != 0;
     if (num_symmetric == core_.size) {
       reach_symmetric();
       two_shot_allreduce(core_.window);
@@ -115,8 +129,9 @@ class Collective {
       const char* input = core_.arena->at(peer, {header.segment, header.input_offset}, bytes);
       char* output = core_.arena->at(peer, {header.segment, header.output_offset}, bytes);
       if (!input || !output) {
-        core_.group.abort(ErrorCode::peer_failed, peer,
-                          "rank " + std::to_string(peer) + " published memory outside of its segment");
+        core_.group.abort(
+            ErrorCode::peer_failed, peer,
+            "rank " + std::to_string(peer) + " published memory outside of its segment");
         throw_failure();
       }
       core_.window.set_symmetric(peer, input, output);
@@ -142,7 +157,8 @@ class Collective {
     if (!uses_ring()) staged.prepare_early();
     if (!core_.window.arrive()) return;
     if (uses_ring()) {
-      over_wire([&](ShmWire& wire, size_t chunk) { ring_reduce_scatter(wire, ring(), blocks, chunk); });
+      over_wire(
+          [&](ShmWire& wire, size_t chunk) { ring_reduce_scatter(wire, ring(), blocks, chunk); });
     } else {
       staged.met(true);
       run_staged(staged);
@@ -163,7 +179,8 @@ class Collective {
   void reduce_scatter() {
     const std::vector<int64_t>& shape = call_.tensors.front().input_layout.shape;
     const auto rows = static_cast<size_t>(shape.front());
-    const std::vector<size_t> offsets = split_rows(rows, rows == 0 ? 0 : operands_.count() / rows, core_.size);
+    const std::vector<size_t> offsets =
+        split_rows(rows, rows == 0 ? 0 : operands_.count() / rows, core_.size);
     operands_.place_outputs_at(offsets[static_cast<size_t>(core_.rank)]);
     scatter(Blocks::table(offsets.data(), core_.size));
   }
@@ -191,8 +208,7 @@ class Collective {
   }
 
   [[noreturn]] void throw_failure() const {
-    throw_aborted(core_, std::string(name_of(call_.kind)) + " #" + std::to_string(header_.sequence) + ", " +
-                             header_.describe());
+    throw_aborted(core_, header_.describe() + " #" + std::to_string(header_.sequence));
   }
 
   /// "rank 0 calls A; ranks 1, 2 call B", the same text on all ranks.
@@ -212,11 +228,13 @@ class Collective {
       sides += (sides.empty() ? "" : "; ") + std::string(others > 1 ? "ranks " : "rank ") + same +
                (others > 1 ? " call " : " calls ") + header.describe();
     }
-    throw Error(ErrorCode::mismatch,
-                "collective #" + std::to_string(header_.sequence) + " of communicator '" + core_.options.name +
-                    "' differs between ranks: " + sides + " (you are rank " + std::to_string(core_.rank) +
-                    "). Every rank must make the same calls in the same order. No data was changed, and the "
-                    "communicator can still be used");
+    throw Error(ErrorCode::mismatch, "collective #" + std::to_string(header_.sequence) +
+                                         " of communicator '" + core_.options.name +
+                                         "' differs between ranks: " + sides + " (you are rank " +
+                                         std::to_string(core_.rank) +
+                                         "). Every rank must make the same calls in the same "
+                                         "order. No data was changed, and the "
+                                         "communicator can still be used");
   }
 
   Core& core_;
@@ -236,7 +254,8 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
   Collective collective(core, call, work, interrupted);
   collective.run();
   core.stats.calls.fetch_add(1, std::memory_order_relaxed);
-  core.stats.busy_ns.fetch_add(static_cast<uint64_t>(now_ns() - begin_ns), std::memory_order_relaxed);
+  core.stats.busy_ns.fetch_add(static_cast<uint64_t>(now_ns() - begin_ns),
+                               std::memory_order_relaxed);
   for (const Tensor& tensor : call.tensors) {
     core.stats.bytes.fetch_add(tensor.count() * size_of(call.dtype), std::memory_order_relaxed);
   }
@@ -256,11 +275,13 @@ void throw_aborted(const Core& core, const std::string& during) {
   const bool mine = record.culprit == core.rank;
   ErrorCode code = record.code;
   if (code == ErrorCode::interrupted && !mine) code = ErrorCode::peer_failed;
-  throw Error(code, during + " of communicator '" + core.options.name + "' failed: " + record.reason +
-                        ". Detected by rank " + std::to_string(record.detector) + "; you are rank " +
-                        std::to_string(core.rank) +
-                        ". The communicator is dead and the operands' contents are undefined: end the job, and "
-                        "restart it from a checkpoint");
+  throw Error(
+      code,
+      during + " of communicator '" + core.options.name + "' failed: " + record.reason +
+          ". Detected by rank " + std::to_string(record.detector) + "; you are rank " +
+          std::to_string(core.rank) +
+          ". The communicator is dead, and what its tensors held is undefined: end the job and "
+          "restart it from a checkpoint");
 }
 
 }  // namespace ringreduce

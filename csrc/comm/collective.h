@@ -1,5 +1,5 @@
-// One collective from header to result: lets the ranks meet, chooses the algorithm, runs it over window or wire,
-// and turns what went wrong into an Error.
+// One collective from header to result: lets the ranks meet, chooses the algorithm, runs it over
+// window or wire, and turns what went wrong into an Error.
 #pragma once
 
 #include "comm/communicator.h"

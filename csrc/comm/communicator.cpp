@@ -7,8 +7,8 @@
 namespace ringreduce {
 namespace {
 
-/// Counts the forks between the process that made a communicator and this one: a child has the memory, but
-/// neither the threads nor the identity of a rank.
+/// Counts the forks between the process that made a communicator and this one: a child has the
+/// memory, but neither the threads nor the identity of a rank.
 std::atomic<uint64_t> fork_generation{0};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { fork_generation.fetch_add(1); });
 
@@ -26,11 +26,13 @@ Core::Core(int rank, int size, const Exchange& exchange, const Options& options)
       tuner(size == 1 ? Algorithm::two_shot : options.algorithm, group.claims()),
       arena(std::make_shared<Arena>()) {
   if (node.num_nodes() > 1) {
-    throw Error(ErrorCode::resource, "the ranks are on " + std::to_string(node.num_nodes()) +
-                                         " hosts (or do not share memory); this version connects the ranks of one");
+    throw Error(ErrorCode::resource,
+                "the ranks are on " + std::to_string(node.num_nodes()) +
+                    " hosts (or do not share memory); this version connects the ranks of one");
   }
   if (tuner.needs_wire()) {
-    wire = std::make_unique<ShmWire>(group, node.create_segment(ShmWire::segment_bytes(), set_up_deadline(options)));
+    wire = std::make_unique<ShmWire>(
+        group, node.create_segment(ShmWire::segment_bytes(), set_up_deadline(options)));
   }
 }
 
@@ -41,21 +43,23 @@ Communicator::Communicator(int rank, int size, const Exchange& exchange, const O
 
 void Communicator::check_usable() {
   if (fork_generation_ != fork_generation.load(std::memory_order_relaxed)) {
-    throw Error(ErrorCode::closed,
-                "this process was forked from rank " + std::to_string(core_->rank) +
-                    " and is no rank itself: use ringreduce in the parent only");
+    throw Error(ErrorCode::closed, "this process was forked from rank " +
+                                       std::to_string(core_->rank) +
+                                       " and is no rank itself: use ringreduce in the parent only");
   }
-  if (closed_) throw Error(ErrorCode::closed, "communicator '" + core_->options.name + "' is closed");
+  if (closed_)
+    throw Error(ErrorCode::closed, "communicator '" + core_->options.name + "' is closed");
   if (const std::exception_ptr error = engine_->take_unseen_error()) std::rethrow_exception(error);
   if (core_->group.aborted()) throw_aborted(*core_, "a new call");
 }
 
-std::shared_ptr<Work> Communicator::submit(Call call, bool asynchronous, const Interrupted& interrupted) {
+std::shared_ptr<Work> Communicator::submit(Call call, bool asynchronous,
+                                           const Interrupted& interrupted) {
   check_usable();
   auto task = [core = core_, call = std::move(call)](Work& work, const Interrupted& may_interrupt) {
     run_collective(*core, call, work, may_interrupt);
   };
-  return engine_->run(std::move(task), asynchronous, interrupted, [this] { abort("was interrupted"); });
+  return engine_->run(std::move(task), asynchronous, interrupted, [this] { give_up(); });
 }
 
 std::shared_ptr<Block> Communicator::allocate(size_t size_bytes, const Interrupted& interrupted) {
@@ -64,19 +68,27 @@ std::shared_ptr<Block> Communicator::allocate(size_t size_bytes, const Interrupt
   auto task = [core = core_, size_bytes, &block](Work&, const Interrupted& may_interrupt) {
     block = run_allocate(*core, size_bytes, may_interrupt);
   };
-  engine_->run(std::move(task), false, interrupted, [this] { abort("was interrupted"); })->get();
+  engine_->run(std::move(task), false, interrupted, [this] { give_up(); })->get();
   return block;
 }
 
 void Communicator::abort(const std::string& reason) {
-  core_->group.abort(ErrorCode::peer_failed, core_->rank, "rank " + std::to_string(core_->rank) + " " + reason);
+  core_->group.abort(ErrorCode::peer_failed, core_->rank, reason);
+}
+
+void Communicator::give_up() {
+  core_->group.abort(ErrorCode::interrupted, core_->rank,
+                     "rank " + std::to_string(core_->rank) + " was interrupted while it waited");
 }
 
 void Communicator::close() {
   if (closed_.exchange(true)) return;
   if (fork_generation_ != fork_generation.load()) return;  // the parent's business
   core_->closing.store(true);
-  if (!engine_->idle()) abort("closed the communicator while an operation was under way");
+  if (!engine_->idle()) {
+    abort("rank " + std::to_string(core_->rank) +
+          " closed the communicator while an operation was under way");
+  }
   engine_->stop();
   core_->group.depart();
 }
@@ -85,13 +97,13 @@ bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
   return engine_->drain(Deadline::after_s(timeout_s), interrupted);
 }
 
-void Communicator::wait(Work& work, Deadline deadline, const Interrupted& interrupted, bool* timed_out) {
+void Communicator::wait(Work& work, Deadline deadline, const Interrupted& interrupted,
+                        bool* timed_out) {
   const Work::Outcome outcome = work.wait(deadline, interrupted);
   *timed_out = outcome == Work::Outcome::timed_out;
   if (*timed_out) return;
   if (outcome == Work::Outcome::interrupted) {
-    core_->group.abort(ErrorCode::interrupted, core_->rank,
-                       "rank " + std::to_string(core_->rank) + " was interrupted while it waited");
+    give_up();
     work.wait(Deadline::never(), {});
   }
   work.get();

@@ -1,5 +1,5 @@
-// A communicator: a group of ranks and everything they need to talk. Owns the node's sockets, the control and
-// staging memory, the symmetric arena, and the engine that keeps operations in order.
+// A communicator: a group of ranks and everything they need to talk. Owns the node's sockets, the
+// control and staging memory, the symmetric arena, and the engine that keeps operations in order.
 #pragma once
 
 #include <atomic>
@@ -17,18 +17,19 @@
 namespace ringreduce {
 
 struct Options {
-  bool in_process = false;      // the ranks are threads of this process
-  double timeout_s = 1800;      // of any one collective
-  double warn_after_s = 30;     // a line on stderr that says who is missing
+  bool in_process = false;   // the ranks are threads of this process
+  double timeout_s = 1800;   // of any one collective
+  double warn_after_s = 30;  // a line on stderr that says who is missing
   Algorithm algorithm = Algorithm::automatic;
-  std::string name = "world";   // for messages
+  std::string name = "world";  // for messages
 };
 
 struct Stats {
   std::atomic<uint64_t> calls{0}, bytes{0}, busy_ns{0};
 };
 
-/// What operations run on; shared with the progress thread, which may outlive the Communicator by one operation.
+/// What operations run on; shared with the progress thread, which may outlive the Communicator by
+/// one operation.
 struct Core {
   Core(int rank, int size, const Exchange& exchange, const Options& options);
 
@@ -58,7 +59,8 @@ class Communicator {
   /// Collective. Symmetric memory of at least `size_bytes`.
   std::shared_ptr<Block> allocate(size_t size_bytes, const Interrupted& interrupted);
 
-  /// This rank gives up: all ranks raise, naming it and the reason.
+  /// Ends the communicator on all ranks: they raise PeerFailed with this reason, which names this
+  /// rank.
   void abort(const std::string& reason);
   /// Local; does not wait. What is under way is aborted.
   void close();
@@ -70,6 +72,7 @@ class Communicator {
 
  private:
   void check_usable();
+  void give_up();
 
   std::shared_ptr<Core> core_;
   std::shared_ptr<Engine> engine_;

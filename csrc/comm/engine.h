@@ -1,6 +1,6 @@
-// Runs a communicator's operations one after another, in the order in which they were issued: on the caller's
-// thread if it waits anyway and nothing is under way, else on one progress thread, which is started when first
-// needed and never touches Python.
+// Runs a communicator's operations one after another, in the order in which they were issued: on
+// the caller's thread if it waits anyway and nothing is under way, else on one progress thread,
+// which is started when first needed and never touches Python.
 #pragma once
 
 #include <condition_variable>
@@ -15,11 +15,12 @@ namespace ringreduce {
 
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
-  /// What an operation does; throws on failure. On a user's thread it may ask `interrupted`; else it is empty.
+  /// What an operation does; throws on failure. On a user's thread it may ask `interrupted`; else
+  /// it is empty.
   using Task = std::function<void(Work& work, const Interrupted& interrupted)>;
 
-  /// Asynchronous: returns at once. Else returns a finished Work; a wait that is interrupted calls `give_up`,
-  /// after which the operation must end soon.
+  /// Asynchronous: returns at once. Else returns a finished Work; a wait that is interrupted calls
+  /// `give_up`, after which the operation must end soon.
   std::shared_ptr<Work> run(Task task, bool asynchronous, const Interrupted& interrupted,
                             const std::function<void()>& give_up);
 
@@ -43,7 +44,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::mutex mutex_;  // of everything below
   std::condition_variable changed_;
   std::deque<Entry> queue_;
-  std::deque<std::shared_ptr<Work>> unseen_;  // asynchronous operations whose errors may go unnoticed
+  std::deque<std::shared_ptr<Work>>
+      unseen_;  // asynchronous operations whose errors may go unnoticed
   std::shared_ptr<Work> last_;
   bool busy_ = false, started_ = false, stopped_ = false;
 };

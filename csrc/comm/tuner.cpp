@@ -4,10 +4,12 @@ namespace ringreduce {
 namespace {
 
 // Up to here one meeting and p times the arithmetic cost less than two meetings.
-constexpr size_t one_shot_bytes = size_t{16} << 10;          // a core per rank
-constexpr size_t one_shot_bytes_claimed = size_t{2} << 10;   // ranks share cores, and do it all in turn
+constexpr size_t one_shot_bytes = size_t{16} << 10;  // a core per rank
+constexpr size_t one_shot_bytes_claimed = size_t{2}
+                                          << 10;  // ranks share cores, and do it all in turn
 
-// What the shared memory of one_shot takes, if it was asked for by name; larger messages go by two_shot.
+// What the shared memory of one_shot takes, if it was asked for by name; larger messages go by
+// two_shot.
 constexpr size_t one_shot_largest_bytes = size_t{64} << 10;
 
 }  // namespace

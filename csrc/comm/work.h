@@ -1,5 +1,5 @@
-// The handle of an operation: finished or not, its error, and an allgather's output. Written by the thread that
-// runs the operation before it publishes `finished`; read by others after that.
+// The handle of an operation: finished or not, its error, and an allgather's output. Written by the
+// thread that runs the operation before it publishes `finished`; read by others after that.
 #pragma once
 
 #include <atomic>

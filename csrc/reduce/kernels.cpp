@@ -3,17 +3,22 @@
 // the linker could share with another build: all is in unnamed namespaces, and of the standard
 // library only types are used.
 //
-// An array is worked through in blocks that stay in the first-level cache. For each block
-//   fold     combines all sources, several in one pass, into `value`,
-//   deliver  copies `value`, finished where that is wanted, to each target.
-// Where every source is also a target, as in an allreduce in place, sums of float32 and float64
-// need no blocks: `stream` keeps each element in a register from the first load to the last store.
+// All arithmetic is one loop, `combine`. It is run in one of two ways:
+//   stream  over whole arrays. For sums of floats to one target, or to as many as there are sources
+//           (an allreduce in place): an element stays in a register from its first load to its last
+//           store, so the speed is that of the memory.
+//   blocks  over pieces that stay in the first-level cache. For all else: `fold` combines the
+//           sources, a few in each pass, and `deliver` takes the result to the targets.
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "base/dtype.h"
 #include "base/half.h"
@@ -37,38 +42,58 @@ struct Complex {
 // An element at any address.
 template <class T>
 struct [[gnu::packed, gnu::may_alias]] Unaligned {
-  T value;
+  T stored;
 };
 
+// What an element counts as, and back.
 template <class T>
-using In = const Unaligned<T>*;
-template <class T>
-using Out = Unaligned<T>*;
+T read(const Unaligned<T>& element) {
+  return element.stored;
+}
+Bool read(const Unaligned<Bool>& element) { return Bool(element.stored != Bool{0}); }
+float read(const Unaligned<f16>& element) { return to_float(element.stored); }
+float read(const Unaligned<bf16>& element) { return to_float(element.stored); }
 
 template <class T>
-T read(Unaligned<T> element) {
-  return element.value;
+void write(Unaligned<T>& element, T value) {
+  element.stored = value;
 }
-Bool read(Unaligned<Bool> element) { return Bool(element.value != Bool{0}); }  // any byte but 0
+void write(Unaligned<f16>& element, float value) { element.stored = to_f16(value); }
+void write(Unaligned<bf16>& element, float value) { element.stored = to_bf16(value); }
 
 // The type in which unfinished values of a stored type are kept.
 template <class Stored>
-struct PartialType {
-  using type = Stored;
-};
-template <>
-struct PartialType<f16> {
-  using type = float;
-};
-template <>
-struct PartialType<bf16> {
-  using type = float;
-};
-template <class Stored>
-using PartialOf = typename PartialType<Stored>::type;
+using PartialOf = decltype(read(std::declval<Unaligned<Stored>>()));
 
 template <class Stored>
 constexpr bool is_half = !std::is_same_v<Stored, PartialOf<Stored>>;
+
+// Float16 is converted eight at a time where the CPU has an instruction for it, which is several
+// times faster than the loop over to_float or to_f16 and gives the same bits.
+template <class T>
+struct Eight;
+
+#ifdef __F16C__
+constexpr bool has_eights = true;
+
+using Floats [[gnu::vector_size(32)]] = float;
+using Halves [[gnu::vector_size(16)]] = short;
+
+template <>
+struct Eight<float> {
+  using type = Floats;
+};
+template <>
+struct Eight<f16> {
+  using type = Halves;
+};
+Floats read(const Unaligned<Halves>& element) { return _mm256_cvtph_ps(__m128i(element.stored)); }
+void write(Unaligned<Halves>& element, Floats value) {
+  element.stored = Halves(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+constexpr bool has_eights = false;
+#endif
 
 // ---- Operations
 
@@ -104,18 +129,18 @@ struct Prod {
   }
 };
 
-// A NaN differs from itself. If a is one it is chosen; if b is one, no comparison with it holds.
+// A NaN differs from itself. If b is one, no comparison with it holds, and it is the last choice.
 struct Min {
   template <class T>
   static T of(T a, T b) {
-    return (a < b) | (a != a) ? a : b;
+    return a < b ? a : a != a ? a : b;
   }
 };
 
 struct Max {
   template <class T>
   static T of(T a, T b) {
-    return (a > b) | (a != a) ? a : b;
+    return a > b ? a : a != a ? a : b;
   }
 };
 
@@ -139,203 +164,217 @@ struct Keep {
 template <class T>
 struct DivideBy {
   std::common_type_t<T, int> size;
-  T operator()(T value) const { return static_cast<T>(value / size); }  // integers: toward zero
+  template <class Value>  // T, or a vector of T
+  Value operator()(Value value) const {
+    return static_cast<Value>(value / size);  // integers: toward zero
+  }
 };
 
-// ---- Loops
+// ---- The loop
 
-// The loop of all reductions: to[*][i] = finish(from[0][i] op from[1][i] op ...), i in [0, count).
-// Each element is read from all sources before it is written, so arrays may coincide; ivdep tells
-// the compiler that iterations are independent all the same.
-template <class Operation, int num_sources, int num_targets, class T, class Finish>
-void combine(const Out<T>* to, const In<T>* from, size_t count, Finish finish) {
-  Out<T> target[num_targets];
-  In<T> source[num_sources];
-  for (int t = 0; t < num_targets; ++t) target[t] = to[t];
-  for (int s = 0; s < num_sources; ++s) source[s] = from[s];
+// to[*][i] = finish(first[i] op rest[0][i] op rest[1][i] ...) for i in [begin, end). An element is
+// read from all sources before it is written, so targets may be sources; that iterations are
+// independent nevertheless is what ivdep tells the compiler.
+template <class Operation, int num_rest, int num_targets, class First, class Rest, class To,
+          class Finish>
+void combine_range(void* const* to, const void* first, const void* const* rest, size_t begin,
+                   size_t end, Finish finish) {
+  const auto* source = static_cast<const Unaligned<First>*>(first);
+  const Unaligned<Rest>* others[num_rest + 1];
+  Unaligned<To>* targets[num_targets];
+  for (int r = 0; r < num_rest; ++r) others[r] = static_cast<const Unaligned<Rest>*>(rest[r]);
+  for (int t = 0; t < num_targets; ++t) targets[t] = static_cast<Unaligned<To>*>(to[t]);
 #pragma GCC ivdep
-  for (size_t i = 0; i < count; ++i) {
-    T value = read(source[0][i]);
+  for (size_t i = begin; i < end; ++i) {
+    auto value = read(source[i]);
 #pragma GCC unroll 8
-    for (int s = 1; s < num_sources; ++s) value = Operation::of(value, read(source[s][i]));
+    for (int r = 0; r < num_rest; ++r) value = Operation::of(value, read(others[r][i]));
     value = finish(value);
 #pragma GCC unroll 8
-    for (int t = 0; t < num_targets; ++t) target[t][i].value = value;
+    for (int t = 0; t < num_targets; ++t) write(targets[t][i], value);
   }
 }
 
-template <class T>
-void divide(Out<T> values, int size, size_t count) {
-  const DivideBy<T> by{static_cast<decltype(DivideBy<T>::size)>(size)};
-  for (size_t i = 0; i < count; ++i) values[i].value = by(values[i].value);
+template <class Operation, int num_rest, int num_targets, class First, class Rest, class To,
+          class Finish>
+void combine(void* const* to, const void* first, const void* const* rest, size_t count,
+             Finish finish) {
+  size_t begin = 0;
+  if constexpr (has_eights && (std::is_same_v<First, f16> || std::is_same_v<Rest, f16> ||
+                               std::is_same_v<To, f16>)) {
+    combine_range<Operation, num_rest, num_targets, typename Eight<First>::type,
+                  typename Eight<Rest>::type, typename Eight<To>::type>(to, first, rest, 0,
+                                                                        count / 8, finish);
+    begin = count / 8 * 8;
+  }
+  combine_range<Operation, num_rest, num_targets, First, Rest, To>(to, first, rest, begin, count,
+                                                                   finish);
 }
 
-template <class Half>
-void widen(Out<float> to, In<Half> from, size_t count) {
-#pragma GCC ivdep
-  for (size_t i = 0; i < count; ++i) to[i].value = to_float(from[i].value);
-}
+template <class Finish>
+using Loop = void(void* const* to, const void* first, const void* const* rest, size_t count,
+                  Finish finish);
 
-void narrow(Out<bf16> to, In<float> from, size_t count) {
-#pragma GCC ivdep
-  for (size_t i = 0; i < count; ++i) to[i].value = to_bf16(from[i].value);
-}
-
-void narrow(Out<f16> to, In<float> from, size_t count) {
-#pragma GCC ivdep
-  for (size_t i = 0; i < count; ++i) to[i].value = to_f16(from[i].value);
-}
-
-template <class T>
-void copy(void* to, const Unaligned<T>* from, size_t count) {
-  if (to != from) memcpy(to, from, count * sizeof(T));
-}
+// Sources of one loop after the first. For sums of up to eight ranks one pass is enough.
+template <class Operation>
+constexpr int max_rest = std::is_same_v<Operation, Sum> ? 7 : 3;
 
 // ---- Blocks
 
-// Elements of a block: 4 KiB of values.
-template <class Stored>
-constexpr size_t block_length = 4096 / sizeof(PartialOf<Stored>);
-
-// Sources combined in one pass. The widened copies of 16-bit sources need cache of their own.
-template <class Stored>
-constexpr int max_rows = is_half<Stored> ? 4 : 8;
-
-template <class T, class Finish>
-using Loop = void(const Out<T>* to, const In<T>* from, size_t count, Finish finish);
-
-// loop[n] combines n + 1 sources into one target.
-template <class Operation, class T, class Rows>
+// loop[n] combines a first source and n more into one target.
+template <class Operation, class First, class Rest, class To,
+          class = std::make_integer_sequence<int, max_rest<Operation> + 1>>
 struct Passes;
-template <class Operation, class T, int... n>
-struct Passes<Operation, T, std::integer_sequence<int, n...>> {
-  static constexpr Loop<T, Keep>* loop[] = {combine<Operation, n + 1, 1, T, Keep>...};
+template <class Operation, class First, class Rest, class To, int... n>
+struct Passes<Operation, First, Rest, To, std::integer_sequence<int, n...>> {
+  static constexpr Loop<Keep>* loop[] = {combine<Operation, n, 1, First, Rest, To, Keep>...};
 };
 
-// Elements [begin, begin + length) of a source as partial values: its own memory where that holds
-// them, otherwise `space`, filled with them.
-template <class Stored>
-In<PartialOf<Stored>> partial_values(const Source& source, size_t begin, size_t length,
-                                     Out<PartialOf<Stored>> space) {
+// The pass over n + 1 sources, of which the first and the others may be stored as 16-bit floats.
+template <class Stored, class Operation>
+Loop<Keep>* pass(bool first_is_half, bool rest_is_half, int n) {
+  using Partial = PartialOf<Stored>;
   if constexpr (is_half<Stored>) {
-    if (source.format == Format::storage) {
-      widen(space, static_cast<In<Stored>>(source.data) + begin, length);
-      return space;
-    }
+    if (first_is_half) return Passes<Operation, Stored, Stored, Partial>::loop[n];
+    if (rest_is_half) return Passes<Operation, Partial, Stored, Partial>::loop[n];
   }
-  return static_cast<In<PartialOf<Stored>>>(source.data) + begin;
+  return Passes<Operation, Partial, Partial, Partial>::loop[n];
+}
+
+// A source or target from element `begin` on.
+template <class Stored, class Array>
+auto block_of(const Array& array, size_t begin) {
+  using Byte = std::conditional_t<std::is_same_v<Array, Target>, char, const char>;
+  const bool stored = array.format == Format::storage;
+  return static_cast<Byte*>(array.data) +
+         begin * (stored ? sizeof(Stored) : sizeof(PartialOf<Stored>));
 }
 
 // value[i] = sources[0][begin + i] op sources[1][begin + i] op ..., for i in [0, length).
 template <class Stored, class Operation>
-void fold(Out<PartialOf<Stored>> value, const Source* sources, size_t num_sources, size_t begin,
-          size_t length) {
-  using Partial = PartialOf<Stored>;
-  constexpr int rows = max_rows<Stored>;
-  constexpr size_t space_length = is_half<Stored> ? block_length<Stored> : 1;
-  alignas(64) Unaligned<Partial> space[rows][space_length];
-  In<Partial> from[rows];
-  for (size_t taken = 0; taken < num_sources;) {
+void fold(void* value, const Source* sources, size_t num_sources, size_t begin, size_t length) {
+  const auto holds_halves = [&](size_t s) {
+    return is_half<Stored> && s < num_sources && sources[s].format == Format::storage;
+  };
+  const void* first = block_of<Stored>(sources[0], begin);
+  bool first_is_half = holds_halves(0);
+  size_t taken = 1;
+  do {
+    const bool rest_is_half = first_is_half || holds_halves(taken);
+    const void* rest[max_rest<Operation>];
     int n = 0;
-    if (taken > 0) from[n++] = value;
-    for (; n < rows && taken < num_sources; ++n, ++taken) {
-      from[n] = partial_values<Stored>(sources[taken], begin, length, space[n]);
+    while (n < max_rest<Operation> && taken < num_sources && holds_halves(taken) == rest_is_half) {
+      rest[n++] = block_of<Stored>(sources[taken++], begin);
     }
-    Passes<Operation, Partial, std::make_integer_sequence<int, rows>>::loop[n - 1](&value, from,
-                                                                                  length, {});
+    pass<Stored, Operation>(first_is_half, rest_is_half, n)(&value, first, rest, length, Keep{});
+    first = value;
+    first_is_half = false;
+  } while (taken < num_sources);
+}
+
+void copy(void* to, const void* from, size_t size_bytes) {
+  if (to != from) memcpy(to, from, size_bytes);
+}
+
+// Finishes value[0, length) into `to`, which may be `value`. divisor: 1 for no division.
+template <class Stored>
+void finish(void* to, const void* value, int divisor, size_t length) {
+  using Partial = PartialOf<Stored>;
+  if constexpr (std::is_arithmetic_v<Partial>) {
+    if (divisor != 1) {
+      const DivideBy<Partial> divide{static_cast<decltype(divide.size)>(divisor)};
+      combine<Sum, 0, 1, Partial, Partial, Stored>(&to, value, nullptr, length, divide);
+      return;
+    }
+  }
+  if constexpr (is_half<Stored>) {
+    combine<Sum, 0, 1, Partial, Partial, Stored>(&to, value, nullptr, length, Keep{});
+  } else {
+    copy(to, value, length * sizeof(Stored));
   }
 }
 
-// Writes value[0, length) to elements [begin, begin + length) of every target, first to those that
-// take it unfinished: it is finished in place. `value` may be the block of the first target.
+// Takes value[0, length) to elements [begin, begin + length) of all targets. `value` may be that
+// piece of the first target, so those that want it unfinished are served first.
 template <class Stored>
-void deliver(Out<PartialOf<Stored>> value, bool divides, int size, const Target* targets,
-             size_t num_targets, size_t begin, size_t length) {
+void deliver(const void* value, int divisor, const Target* targets, size_t num_targets,
+             size_t begin, size_t length) {
   for (size_t t = 0; t < num_targets; ++t) {
     if (targets[t].format == Format::storage) continue;
-    copy(static_cast<Out<PartialOf<Stored>>>(targets[t].data) + begin, value, length);
+    copy(block_of<Stored>(targets[t], begin), value, length * sizeof(PartialOf<Stored>));
   }
-  if constexpr (std::is_arithmetic_v<PartialOf<Stored>>) {
-    if (divides) divide(value, size, length);
-  }
-  In<Stored> finished = nullptr;
-  if constexpr (!is_half<Stored>) finished = value;
+  const void* finished = nullptr;
   for (size_t t = 0; t < num_targets; ++t) {
     if (targets[t].format == Format::partial) continue;
-    const Out<Stored> to = static_cast<Out<Stored>>(targets[t].data) + begin;
-    if constexpr (is_half<Stored>) {
-      if (!finished) {
-        narrow(to, value, length);
-        finished = to;
-      }
+    void* const to = block_of<Stored>(targets[t], begin);
+    if (finished) {
+      copy(to, finished, length * sizeof(Stored));
+    } else {
+      finish<Stored>(to, value, divisor, length);
+      finished = to;
     }
-    copy(to, finished, length);
   }
 }
 
-template <class Stored, class Operation>
-void reduce_in_blocks(const Reduction& reduction, const Target* targets, size_t num_targets,
-                      const Source* sources, size_t num_sources, size_t count) {
-  using Partial = PartialOf<Stored>;
-  size_t num_finished = 0;
-  for (size_t t = 0; t < num_targets; ++t) num_finished += targets[t].format == Format::storage;
-  const bool divides = reduction.op == Op::avg && reduction.size > 1 && num_finished > 0;
+int divisor_of(const Reduction& reduction) { return reduction.op == Op::avg ? reduction.size : 1; }
 
-  // Values are kept in the first target itself, unless it is too narrow for them, or is a source
-  // that a second pass has yet to read, or would be divided before others got the undivided value.
-  const bool in_target = num_targets > 0 && num_sources <= max_rows<Stored> &&
-                         (!is_half<Stored> || targets[0].format == Format::partial) &&
-                         (!divides || num_finished == num_targets);
-  alignas(64) Unaligned<Partial> space[block_length<Stored>];
-  for (size_t begin = 0; begin < count; begin += block_length<Stored>) {
-    const size_t left = count - begin;
-    const size_t length = left < block_length<Stored> ? left : block_length<Stored>;
-    const Out<Partial> value =
-        in_target ? static_cast<Out<Partial>>(targets[0].data) + begin : space;
+template <class Stored, class Operation>
+void blocks(const Reduction& reduction, const Target* targets, size_t num_targets,
+            const Source* sources, size_t num_sources, size_t count) {
+  constexpr size_t block_bytes = 4096;
+  constexpr size_t block_length = block_bytes / sizeof(PartialOf<Stored>);
+  alignas(64) char space[block_bytes];
+  // Values are kept in the first target itself, unless it is too narrow for them, or may be a
+  // source that a second pass has yet to read.
+  const bool in_target = !is_half<Stored> && num_sources <= max_rest<Operation> + 1;
+  for (size_t begin = 0; begin < count; begin += block_length) {
+    const size_t length = count - begin < block_length ? count - begin : block_length;
+    void* const value = in_target ? block_of<Stored>(targets[0], begin) : space;
     fold<Stored, Operation>(value, sources, num_sources, begin, length);
-    deliver<Stored>(value, divides, reduction.size, targets, num_targets, begin, length);
+    deliver<Stored>(value, divisor_of(reduction), targets, num_targets, begin, length);
   }
 }
 
 // ---- Streams
 
-// loop[n] combines n + 2 sources into as many targets.
-template <class T, class Finish, class Sources>
+// loop[n] combines n + 1 sources into one target, or into as many targets.
+template <class T, bool into_one, class Finish,
+          class = std::make_integer_sequence<int, max_rest<Sum> + 1>>
 struct Streams;
-template <class T, class Finish, int... n>
-struct Streams<T, Finish, std::integer_sequence<int, n...>> {
-  static constexpr Loop<T, Finish>* loop[] = {combine<Sum, n + 2, n + 2, T, Finish>...};
+template <class T, bool into_one, class Finish, int... n>
+struct Streams<T, into_one, Finish, std::integer_sequence<int, n...>> {
+  static constexpr Loop<Finish>* loop[] = {combine < Sum, n, into_one ? 1 : n + 1, T, T, T,
+                                           Finish > ...};
 };
 
-constexpr int max_streams = 8;
-
 template <class T, class Finish>
-void stream(const Target* targets, const Source* sources, size_t num, size_t count, Finish finish) {
-  Out<T> to[max_streams];
-  In<T> from[max_streams];
-  for (size_t n = 0; n < num; ++n) {
-    to[n] = static_cast<Out<T>>(targets[n].data);
-    from[n] = static_cast<In<T>>(sources[n].data);
-  }
-  Streams<T, Finish, std::make_integer_sequence<int, max_streams - 1>>::loop[num - 2](
-      to, from, count, finish);
+void stream(const Target* targets, size_t num_targets, const Source* sources, size_t num_sources,
+            size_t count, Finish finish) {
+  void* to[max_rest<Sum> + 1];
+  const void* from[max_rest<Sum> + 1];
+  for (size_t t = 0; t < num_targets; ++t) to[t] = targets[t].data;
+  for (size_t s = 0; s < num_sources; ++s) from[s] = sources[s].data;
+  Loop<Finish>* const loop = num_targets == 1 ? Streams<T, true, Finish>::loop[num_sources - 1]
+                                              : Streams<T, false, Finish>::loop[num_sources - 1];
+  loop(to, from[0], from + 1, count, finish);
 }
 
-// Sum and avg of float32 and float64.
+// Sum and avg of floats.
 template <class T>
 void sum(const Reduction& reduction, const Target* targets, size_t num_targets,
          const Source* sources, size_t num_sources, size_t count) {
-  size_t num_divided = 0;
-  if (reduction.op == Op::avg && reduction.size > 1) {
-    for (size_t t = 0; t < num_targets; ++t) num_divided += targets[t].format == Format::storage;
-  }
-  const bool fits = num_targets == num_sources && num_sources >= 2 && num_sources <= max_streams;
-  if (fits && num_divided == 0) {
-    stream<T>(targets, sources, num_sources, count, Keep{});
-  } else if (fits && num_divided == num_targets) {
-    stream<T>(targets, sources, num_sources, count, DivideBy<T>{static_cast<T>(reduction.size)});
+  bool streams =
+      num_sources <= max_rest<Sum> + 1 && (num_targets == 1 || num_targets == num_sources);
+  for (size_t s = 0; s < num_sources; ++s) streams &= sources[s].format == Format::storage;
+  for (size_t t = 0; t < num_targets; ++t) streams &= targets[t].format == Format::storage;
+  const int divisor = divisor_of(reduction);
+  if (!streams) {
+    blocks<T, Sum>(reduction, targets, num_targets, sources, num_sources, count);
+  } else if (divisor == 1) {
+    stream<T>(targets, num_targets, sources, num_sources, count, Keep{});
   } else {
-    reduce_in_blocks<T, Sum>(reduction, targets, num_targets, sources, num_sources, count);
+    const DivideBy<PartialOf<T>> divide{static_cast<PartialOf<T>>(divisor)};
+    stream<T>(targets, num_targets, sources, num_sources, count, divide);
   }
 }
 
@@ -348,15 +387,11 @@ void sum_of_parts(const Reduction& reduction, const Target* targets, size_t num_
 
 // ---- The table: for each dtype the kernels of sum, avg, min, max and prod
 
-template <class T, class Operation>
-constexpr Kernel* blocks = reduce_in_blocks<T, Operation>;
+template <class T>
+constexpr KernelRow floats = {{sum<T>, sum<T>, blocks<T, Min>, blocks<T, Max>, blocks<T, Prod>}};
 
 template <class T>
-constexpr KernelRow floats = {
-    {sum<T>, sum<T>, blocks<T, Min>, blocks<T, Max>, blocks<T, Prod>}};
-
-template <class T>
-constexpr KernelRow narrow_floats_or_integers = {
+constexpr KernelRow integers = {
     {blocks<T, Sum>, blocks<T, Sum>, blocks<T, Min>, blocks<T, Max>, blocks<T, Prod>}};
 
 constexpr KernelRow truths = {
@@ -371,13 +406,13 @@ constexpr KernelRow complexes = {
 const KernelTable kernels = {{
     floats<double>,
     floats<float>,
-    narrow_floats_or_integers<f16>,
-    narrow_floats_or_integers<bf16>,
-    narrow_floats_or_integers<int64_t>,
-    narrow_floats_or_integers<int32_t>,
-    narrow_floats_or_integers<int16_t>,
-    narrow_floats_or_integers<int8_t>,
-    narrow_floats_or_integers<uint8_t>,
+    floats<f16>,
+    floats<bf16>,
+    integers<int64_t>,
+    integers<int32_t>,
+    integers<int16_t>,
+    integers<int8_t>,
+    integers<uint8_t>,
     truths,
     complexes<float>,
     complexes<double>,

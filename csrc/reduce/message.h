@@ -1,5 +1,6 @@
-// A message: the tensors of one collective seen as one run of elements, though they lie in several places.
-// So a grouped call needs no packing of its own: the copy into shared memory gathers, the copy out scatters.
+// A message: the tensors of one collective seen as one run of elements, though they lie in several
+// places. So a grouped call needs no packing of its own: the copy into shared memory gathers, the
+// copy out scatters.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,7 @@ using Runs = std::vector<Run>;
 struct Message {
   Reduction reduction{};
   size_t item_bytes = 1;
-  Runs inputs;   // never written, unless an output is the same memory
+  Runs inputs;  // never written, unless an output is the same memory
   Runs outputs;
 
   /// Gathers the chunk's inputs.
@@ -48,15 +49,18 @@ struct Message {
     });
   }
 
-  /// visit(data, part) for every piece of `chunk` that lies in one place; what the runs do not cover is left out.
+  /// visit(data, part) for every piece of `chunk` that lies in one place; what the runs do not
+  /// cover is left out.
   template <class Visit>
   void for_each_run(const Runs& runs, Chunk chunk, Visit visit) const {
-    auto run = std::upper_bound(runs.begin(), runs.end(), chunk.offset,
-                                [](size_t offset, const Run& each) { return offset < each.offset + each.count; });
+    auto run = std::upper_bound(
+        runs.begin(), runs.end(), chunk.offset,
+        [](size_t offset, const Run& each) { return offset < each.offset + each.count; });
     for (; run != runs.end() && run->offset < chunk.end(); ++run) {
       const size_t begin = std::max(run->offset, chunk.offset);
       const size_t end = std::min(run->offset + run->count, chunk.end());
-      if (begin < end) visit(run->data + (begin - run->offset) * item_bytes, Chunk{begin, end - begin});
+      if (begin < end)
+        visit(run->data + (begin - run->offset) * item_bytes, Chunk{begin, end - begin});
     }
   }
 

@@ -1,5 +1,5 @@
-// The control memory of a communicator's ranks on one node: what each rank tells the others, and what they
-// share. It lies in the first segment; rank 0's copy also holds the shared part.
+// The control memory of a communicator's ranks on one node: what each rank tells the others, and
+// what they share. It lies in the first segment; rank 0's copy also holds the shared part.
 #pragma once
 
 #include <pthread.h>
@@ -12,28 +12,33 @@
 
 namespace ringreduce {
 
-inline constexpr size_t line_bytes = 128;  // two cache lines: the neighbour line is prefetched with it
+inline constexpr size_t line_bytes =
+    128;  // two cache lines: the neighbour line is prefetched with it
 
-/// Written by its rank alone, but for the robust mutex's word, which the kernel marks when the owner dies.
+/// Written by its rank alone, but for the robust mutex's word, which the kernel marks when the
+/// owner dies.
 struct RankControl {
   /// The number of the last collective this rank has come to; published after its header.
   alignas(line_bytes) Flag arrived;
-  /// Headers by parity of the sequence number: nobody writes n + 2 before all have come to n + 1, and
-  /// whoever came to n + 1 has read all headers of n.
+  /// Headers by parity of the sequence number: nobody writes n + 2 before all have come to n + 1,
+  /// and whoever came to n + 1 has read all headers of n.
   alignas(line_bytes) SharedHeader headers[2];
-  /// Staged rounds, counted over the life of the communicator: contributions written; slices reduced.
+  /// Staged rounds, counted over the life of the communicator: contributions written; slices
+  /// reduced.
   alignas(line_bytes) Flag prepared;
   alignas(line_bytes) Flag combined;
 
-  alignas(line_bytes) pthread_mutex_t life;  // robust; held by the life thread until the rank departs
-  std::atomic<uint32_t> departed;            // 1: left by shutdown or a normal exit
-  std::atomic<uint32_t> reported;            // 1: has told its user of the abort
+  alignas(line_bytes)
+      pthread_mutex_t life;        // robust; held by the life thread until the rank departs
+  std::atomic<uint32_t> departed;  // 1: left by shutdown or a normal exit
+  std::atomic<uint32_t> reported;  // 1: has told its user of the abort
   std::atomic<int32_t> pid;
-  std::atomic<uint64_t> nonce;               // proof that the mapping is the one that was meant
-  char reason[2048];                         // why this rank aborted; written before it sets the abort word
+  std::atomic<uint64_t> nonce;  // proof that the mapping is the one that was meant
+  char reason[2048];            // why this rank aborted; written before it sets the abort word
 };
 
-/// Where all ranks meet when they outnumber the cores: the last to come publishes, nobody polls the others.
+/// Where all ranks meet when they outnumber the cores: the last to come publishes, nobody polls the
+/// others.
 struct Meeting {
   alignas(line_bytes) std::atomic<uint32_t> arrived;
   alignas(line_bytes) std::atomic<uint64_t> claimed;    // slices taken
@@ -41,7 +46,8 @@ struct Meeting {
   alignas(line_bytes) Flag go;
   alignas(line_bytes) Flag done;
 
-  /// By the last to arrive, before it publishes `go`: all are here, so nobody uses the counters any more.
+  /// By the last to arrive, before it publishes `go`: all are here, so nobody uses the counters any
+  /// more.
   void reset() {
     arrived.store(0, std::memory_order_relaxed);
     claimed.store(0, std::memory_order_relaxed);
@@ -53,8 +59,8 @@ inline constexpr int max_staged_rounds = 8;  // under way at once
 
 /// In rank 0's segment; written by all ranks.
 struct GroupControl {
-  /// 0, or the first failure: code << 48 | (detector + 1) << 24 | (culprit + 1). The first writer wins; the
-  /// text is in the detector's RankControl, written before.
+  /// 0, or the first failure: code << 48 | (detector + 1) << 24 | (culprit + 1). The first writer
+  /// wins; the text is in the detector's RankControl, written before.
   alignas(line_bytes) std::atomic<uint64_t> abort_word;
   alignas(line_bytes) std::atomic<uint32_t> mismatch;  // verdict of the last to arrive
   Meeting arrival;

@@ -1,5 +1,6 @@
-// How many cores this process may use: its affinity mask and its cgroup's quota. mpirun often binds each
-// rank to one core, so only the union over a node's ranks tells what the node's ranks have together.
+// How many cores this process may use: its affinity mask and its cgroup's quota. mpirun often binds
+// each rank to one core, so only the union over a node's ranks tells what the node's ranks have
+// together.
 #pragma once
 
 #include <string>

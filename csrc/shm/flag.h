@@ -1,11 +1,11 @@
-// A flag in shared memory: a number that one side publishes and others wait for. Also the two futex calls,
-// the only way that a rank ever sleeps.
+// A flag in shared memory: a number that one side publishes and others wait for. Also the two futex
+// calls, the only way that a rank ever sleeps.
 //
-// The word holds value * 2 + "somebody sleeps". Why no wake-up is lost: a waiter sets the sleeper bit by
-// compare-and-swap on the very word it will sleep on, so the kernel refuses the sleep if a publish came
-// between; a publisher replaces the whole word by one exchange and wakes if the bit was set. Both are
-// read-modify-writes of one word, hence totally ordered: no further fence is needed. What the publisher wrote
-// before (release) is seen by whoever reads the value (acquire).
+// The word holds value * 2 + "somebody sleeps". Why no wake-up is lost: a waiter sets the sleeper
+// bit by compare-and-swap on the very word it will sleep on, so the kernel refuses the sleep if a
+// publish came between; a publisher replaces the whole word by one exchange and wakes if the bit
+// was set. Both are read-modify-writes of one word, hence totally ordered: no further fence is
+// needed. What the publisher wrote before (release) is seen by whoever reads the value (acquire).
 #pragma once
 
 #include <linux/futex.h>
@@ -19,7 +19,8 @@
 
 namespace ringreduce {
 
-/// Sleeps while `word` is `expected`, at most `timeout_ns`. Works between processes: not a private futex.
+/// Sleeps while `word` is `expected`, at most `timeout_ns`. Works between processes: not a private
+/// futex.
 inline void futex_wait(const std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_ns) {
   const timespec timeout{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
   syscall(SYS_futex, &word, FUTEX_WAIT, expected, &timeout, nullptr, 0);

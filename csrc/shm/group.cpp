@@ -73,7 +73,8 @@ GroupControl& Group::shared() const {
 
 void Group::abort(ErrorCode code, int culprit, const std::string& reason) {
   if (aborted()) return;
-  // Two threads of one rank may abort at once (a wait's watch, and a user's exception): one of them writes.
+  // Two threads of one rank may abort at once (a wait's watch, and a user's exception): one of them
+  // writes.
   static std::mutex writers;
   std::lock_guard lock(writers);
   if (aborted()) return;
@@ -179,12 +180,13 @@ void GroupWatch::check_time(int64_t now) {
   if (limits_.end.passed(now)) {
     char seconds[32];
     std::snprintf(seconds, sizeof(seconds), "%g", limits_.end_after_s);
-    group_.abort(ErrorCode::timeout, -1, std::string("no end after ") + seconds + " s: " + missing());
+    group_.abort(ErrorCode::timeout, -1,
+                 std::string("no end after ") + seconds + " s: " + missing());
   }
 }
 
-/// Who has not come, what it did last, and whether it is stopped. Ranks that came are not named unless none is
-/// missing.
+/// Who has not come, what it did last, and whether it is stopped. Ranks that came are not named
+/// unless none is missing.
 std::string GroupWatch::missing() const {
   std::string late, present;
   for (int peer = 0; peer < group_.size(); ++peer) {
@@ -193,13 +195,15 @@ std::string GroupWatch::missing() const {
     const std::string stopped = state == 'T' || state == 't' ? ", its process is stopped" : "";
     if (!control.arrived.reached(header_.sequence)) {
       const uint32_t last = control.arrived.value();
-      const std::string seen =
-          last == 0 ? "it has called nothing yet"
-                    : "it was last seen in " + control.headers[last & 1].load().describe() + " #" +
-                          std::to_string(last);
-      late += (late.empty() ? "" : "; ") + name_rank(control, peer) + " has not come (" + seen + stopped + ")";
+      const std::string seen = last == 0 ? "it has called nothing yet"
+                                         : "it was last seen in " +
+                                               control.headers[last & 1].load().describe() + " #" +
+                                               std::to_string(last);
+      late += (late.empty() ? "" : "; ") + name_rank(control, peer) + " has not come (" + seen +
+              stopped + ")";
     } else if (!stopped.empty()) {
-      present += (present.empty() ? "" : "; ") + name_rank(control, peer) + " has come, but" + stopped.substr(1);
+      present += (present.empty() ? "" : "; ") + name_rank(control, peer) + " has come, but" +
+                 stopped.substr(1);
     }
   }
   if (!late.empty() && !present.empty()) return late + "; " + present;

@@ -1,5 +1,5 @@
-// The ranks of a node as members of one communicator: their control memory, who is alive, and the abort that
-// ends a communicator for all of them. Ranks are numbered within the group here.
+// The ranks of a node as members of one communicator: their control memory, who is alive, and the
+// abort that ends a communicator for all of them. Ranks are numbered within the group here.
 #pragma once
 
 #include <atomic>
@@ -33,7 +33,8 @@ class Group {
   RankControl& own() const { return control(rank_); }
   GroupControl& shared() const;
 
-  /// Whether slices are claimed by whoever runs, because ranks outnumber cores; else every rank owns some.
+  /// Whether slices are claimed by whoever runs, because ranks outnumber cores; else every rank
+  /// owns some.
   bool claims() const { return claims_; }
   Patience patience() const { return claims_ ? Patience::shared_core() : Patience::own_core(); }
 
@@ -65,7 +66,8 @@ class GroupWatch : public Watch {
     Deadline warn, end;
     double warn_after_s = 0, end_after_s = 0;
   };
-  /// `interrupted` is asked about every 50 ms whether the user wants out; empty on progress threads.
+  /// `interrupted` is asked about every 50 ms whether the user wants out; empty on progress
+  /// threads.
   GroupWatch(Group& group, const Header& header, Limits limits, std::function<bool()> interrupted,
              const std::atomic<bool>& closing);
 

@@ -14,8 +14,8 @@
 namespace ringreduce {
 namespace {
 
-/// Robust mutexes belong to a thread, so one thread locks and unlocks all of them, for any caller. It never
-/// ends by itself: it must outlive everything in the process that communicates.
+/// Robust mutexes belong to a thread, so one thread locks and unlocks all of them, for any caller.
+/// It never ends by itself: it must outlive everything in the process that communicates.
 class LifeThread {
  public:
   LifeThread() {
@@ -54,8 +54,8 @@ class LifeThread {
   int result_ = 0;
 };
 
-/// Leaked on purpose: exit handlers must not destroy what the thread still uses. A forked child gets a new
-/// one, since threads do not survive a fork.
+/// Leaked on purpose: exit handlers must not destroy what the thread still uses. A forked child
+/// gets a new one, since threads do not survive a fork.
 LifeThread& life_thread() {
   static LifeThread* thread = nullptr;
   static pid_t owner = 0;
@@ -86,8 +86,8 @@ void hold_for_life(pthread_mutex_t* mutex) {
 void release_life(pthread_mutex_t* mutex) { life_thread().call(pthread_mutex_unlock, mutex); }
 
 bool died(const pthread_mutex_t* mutex) {
-  // glibc keeps the futex word here; the kernel sets the mark in it. The thread that dies is never this one,
-  // so an acquire load orders the reads of what the dead rank had published.
+  // glibc keeps the futex word here; the kernel sets the mark in it. The thread that dies is never
+  // this one, so an acquire load orders the reads of what the dead rank had published.
   return __atomic_load_n(&mutex->__data.__lock, __ATOMIC_ACQUIRE) & FUTEX_OWNER_DIED;
 }
 

@@ -15,12 +15,13 @@
 namespace ringreduce {
 namespace {
 
-/// Ranks with equal identities may share memory: one kernel, one network namespace (abstract sockets live in
-/// it), one user; threads also one process. Only the nonce in a mapped segment proves it.
+/// Ranks with equal identities may share memory: one kernel, one network namespace (abstract
+/// sockets live in it), one user; threads also one process. Only the nonce in a mapped segment
+/// proves it.
 std::string identity(bool in_process) {
   std::string boot;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-  struct stat network {};
+  struct stat network{};
   stat("/proc/self/ns/net", &network);
   return boot + "/" + std::to_string(network.st_ino) + "/" + std::to_string(geteuid()) + "/" +
          (in_process ? std::to_string(getpid()) : "processes");
@@ -29,7 +30,8 @@ std::string identity(bool in_process) {
 void throw_first(const std::vector<std::string>& failures, const std::vector<int>& ranks) {
   for (size_t index = 0; index < failures.size(); ++index) {
     if (!failures[index].empty()) {
-      throw Error(ErrorCode::resource, "rank " + std::to_string(ranks[index]) + ": " + failures[index]);
+      throw Error(ErrorCode::resource,
+                  "rank " + std::to_string(ranks[index]) + ": " + failures[index]);
     }
   }
 }
@@ -80,7 +82,8 @@ void Node::connect(const Exchange& exchange, Deadline deadline) {
       const int socket = accept_from(listener, deadline);
       int32_t local_rank = 0;
       receive_all(socket, &local_rank, sizeof(local_rank), deadline);
-      if (local_rank < 1 || local_rank >= local_size() || sockets_[static_cast<size_t>(local_rank)] != -1) {
+      if (local_rank < 1 || local_rank >= local_size() ||
+          sockets_[static_cast<size_t>(local_rank)] != -1) {
         throw Error(ErrorCode::resource, "a process that is no rank of this job connected");
       }
       sockets_[static_cast<size_t>(local_rank)] = socket;
@@ -147,7 +150,8 @@ Segment Node::create_segment(size_t size_bytes, Deadline deadline) {
     failure = error.what();
   }
   const std::vector<std::string> failures = exchange(failure, deadline);
-  if (std::any_of(failures.begin(), failures.end(), [](const auto& text) { return !text.empty(); })) {
+  if (std::any_of(failures.begin(), failures.end(),
+                  [](const auto& text) { return !text.empty(); })) {
     if (fd >= 0) close(fd);
     throw_first(failures, ranks_);
   }
@@ -165,12 +169,14 @@ Segment Node::create_segment(size_t size_bytes, Deadline deadline) {
     }
     throw_first(exchange(failure, deadline), ranks_);
   } else if (local_size() > 1) {
-    // Threads of one process: pass the addresses of the owners' pointers, which live until all have copied.
+    // Threads of one process: pass the addresses of the owners' pointers, which live until all have
+    // copied.
     const auto address = reinterpret_cast<uintptr_t>(&own);
     const std::vector<std::string> addresses = exchange(std::to_string(address), deadline);
     for (size_t peer = 0; peer < addresses.size(); ++peer) {
       if (static_cast<int>(peer) == local_rank_) continue;
-      segment.blocks[peer] = *reinterpret_cast<std::shared_ptr<Memory>*>(std::stoull(addresses[peer]));
+      segment.blocks[peer] =
+          *reinterpret_cast<std::shared_ptr<Memory>*>(std::stoull(addresses[peer]));
     }
     exchange("", deadline);
   }

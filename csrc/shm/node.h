@@ -1,6 +1,6 @@
-// A node: the ranks that proved that they share memory, joined by unix sockets in a star around its first
-// rank. The sockets carry what is slow and rare: memory for new segments, and small messages that go with it.
-// They stay open for the life of the communicator. No rank listens on a network.
+// A node: the ranks that proved that they share memory, joined by unix sockets in a star around its
+// first rank. The sockets carry what is slow and rare: memory for new segments, and small messages
+// that go with it. They stay open for the life of the communicator. No rank listens on a network.
 #pragma once
 
 #include <functional>
@@ -13,7 +13,8 @@
 
 namespace ringreduce {
 
-/// An allgather of small messages among all ranks of a communicator, in rank order: what a Bootstrap gives.
+/// An allgather of small messages among all ranks of a communicator, in rank order: what a
+/// Bootstrap gives.
 using Exchange = std::function<std::vector<std::string>(const std::string&)>;
 
 class Node {
@@ -27,10 +28,12 @@ class Node {
   /// World ranks by local rank.
   const std::vector<int>& ranks() const { return ranks_; }
   int num_nodes() const { return num_nodes_; }
-  /// Cores that the node's ranks may use together: the union of their affinity masks, at most the cgroup's quota.
+  /// Cores that the node's ranks may use together: the union of their affinity masks, at most the
+  /// cgroup's quota.
   int cores() const { return cores_; }
 
-  /// Collective over the node: every rank contributes a block of `size_bytes`. All fail if one fails.
+  /// Collective over the node: every rank contributes a block of `size_bytes`. All fail if one
+  /// fails.
   Segment create_segment(size_t size_bytes, Deadline deadline);
 
   /// Collective over the node: an allgather of small messages through the sockets.

@@ -16,7 +16,9 @@ namespace {
 
 class Pages : public Memory {
  public:
-  Pages(void* data, size_t size_bytes) : size_bytes_(size_bytes) { data_ = static_cast<char*>(data); }
+  Pages(void* data, size_t size_bytes) : size_bytes_(size_bytes) {
+    data_ = static_cast<char*>(data);
+  }
   ~Pages() override { munmap(data_, size_bytes_); }
 
  private:
@@ -25,9 +27,9 @@ class Pages : public Memory {
 
 [[noreturn]] void fail(const std::string& what, size_t size_bytes) {
   const std::string reason = std::strerror(errno);
-  throw Error(ErrorCode::resource, what + " of " + std::to_string(size_bytes) +
-                                       " bytes of shared memory failed: " + reason +
-                                       ". Free memory, or raise the memory limit of the container or job");
+  throw Error(ErrorCode::resource,
+              what + " of " + std::to_string(size_bytes) + " bytes of shared memory failed: " +
+                  reason + ". Free memory, or raise the memory limit of the container or job");
 }
 
 std::shared_ptr<Memory> map(int fd, size_t size_bytes, int flags) {
@@ -54,7 +56,7 @@ int create_memfd(size_t size_bytes) {
 }
 
 std::shared_ptr<Memory> map_memfd(int fd, size_t size_bytes) {
-  struct stat status {};
+  struct stat status{};
   const int seals = fcntl(fd, F_GET_SEALS);
   if (fstat(fd, &status) != 0 || static_cast<size_t>(status.st_size) != size_bytes || seals < 0 ||
       (seals & F_SEAL_SHRINK) == 0) {

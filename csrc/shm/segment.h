@@ -1,5 +1,5 @@
-// A segment: a block of memory of every rank of a node, mapped by all of them. Nameless (memfd), so nothing
-// stays behind whoever dies; sealed, so nobody can shrink it under a reader.
+// A segment: a block of memory of every rank of a node, mapped by all of them. Nameless (memfd), so
+// nothing stays behind whoever dies; sealed, so nobody can shrink it under a reader.
 #pragma once
 
 #include <cstddef>
@@ -21,11 +21,12 @@ class Memory {
   char* data_ = nullptr;
 };
 
-/// A new memfd of `size_bytes`: allocated now (no memory later means an error here, not a SIGBUS there) and
-/// sealed against resizing. The caller closes it. Throws ErrorCode::resource.
+/// A new memfd of `size_bytes`: allocated now (no memory later means an error here, not a SIGBUS
+/// there) and sealed against resizing. The caller closes it. Throws ErrorCode::resource.
 int create_memfd(size_t size_bytes);
 
-/// Maps a peer's (or one's own) memfd whole, after checking that it has the size it should have and is sealed.
+/// Maps a peer's (or one's own) memfd whole, after checking that it has the size it should have and
+/// is sealed.
 std::shared_ptr<Memory> map_memfd(int fd, size_t size_bytes);
 
 /// Private memory, for ranks that are threads of one process and for a world of one.

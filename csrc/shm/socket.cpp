@@ -105,7 +105,8 @@ int connect_to(const std::string& name, Deadline deadline) {
   }
   if (!same_user(fd)) {
     close(fd);
-    throw Error(ErrorCode::resource, "the socket of this node's first rank belongs to another user");
+    throw Error(ErrorCode::resource,
+                "the socket of this node's first rank belongs to another user");
   }
   return fd;
 }
@@ -150,7 +151,8 @@ std::string receive_message(int socket, Deadline deadline) {
   uint64_t length = 0;
   receive_all(socket, &length, sizeof(length), deadline);
   if (length > largest_message_bytes) {
-    throw Error(ErrorCode::resource, "a peer announced a message of " + std::to_string(length) + " bytes");
+    throw Error(ErrorCode::resource,
+                "a peer announced a message of " + std::to_string(length) + " bytes");
   }
   std::string message(length, '\0');
   receive_all(socket, message.data(), message.size(), deadline);
@@ -194,7 +196,8 @@ int receive_fd(int socket, Deadline deadline) {
     if (received == 1) {
       const cmsghdr* header = CMSG_FIRSTHDR(&message);
       if (header == nullptr || header->cmsg_type != SCM_RIGHTS) {
-        throw Error(ErrorCode::resource, "a peer's shared memory did not arrive: too many open files?");
+        throw Error(ErrorCode::resource,
+                    "a peer's shared memory did not arrive: too many open files?");
       }
       int fd = -1;
       std::memcpy(&fd, CMSG_DATA(header), sizeof(int));

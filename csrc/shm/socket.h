@@ -1,5 +1,6 @@
-// Unix sockets between the ranks of a node: connecting, and moving bytes and file descriptors under a deadline.
-// Abstract names: no file to leave behind; the name is random and the peer's user is checked.
+// Unix sockets between the ranks of a node: connecting, and moving bytes and file descriptors under
+// a deadline. Abstract names: no file to leave behind; the name is random and the peer's user is
+// checked.
 #pragma once
 
 #include <cstddef>

@@ -10,9 +10,7 @@ Staged::Staged(Window& window, Phases phases, const Blocks& blocks)
   rounds_ = blocks.rounds(chunk_);
 }
 
-Meeting& Staged::meeting(size_t round) const {
-  return window_.staged_round(slot(round));
-}
+Meeting& Staged::meeting(size_t round) const { return window_.staged_round(slot(round)); }
 
 void Staged::prepare_early() {
   if (rounds_ == 0) return;
@@ -20,8 +18,8 @@ void Staged::prepare_early() {
   early_ = true;
 }
 
-/// My contributions to the blocks of others, or my own finished block. Where slices are claimed, anybody may
-/// reduce my block, so my contribution to it goes in, too.
+/// My contributions to the blocks of others, or my own finished block. Where slices are claimed,
+/// anybody may reduce my block, so my contribution to it goes in, too.
 void Staged::copy_round(size_t round) {
   const Message& message = *window_.message_;
   const Group& group = window_.group_;
@@ -45,7 +43,8 @@ void Staged::prepare(size_t round) {
   }
   if (round == 0 && first_round_met_) return;
   Meeting& here = meeting(round);
-  if (here.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(group.size())) {
+  if (here.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 ==
+      static_cast<uint32_t>(group.size())) {
     here.reset();
     here.go.publish(slot(round) + 1);
   }
@@ -71,8 +70,8 @@ void Staged::combine(size_t round) {
   }
 }
 
-/// Reduces this rank's block from the peers' staging and its own input to its own output, and to its result
-/// area if others want it.
+/// Reduces this rank's block from the peers' staging and its own input to its own output, and to
+/// its result area if others want it.
 void Staged::combine_owned(size_t round) {
   const Message& message = *window_.message_;
   const Group& group = window_.group_;
@@ -86,13 +85,15 @@ void Staged::combine_owned(size_t round) {
                              : window_.contribution(peer, slot(round), group.rank()) + offset_bytes;
       sources[static_cast<size_t>(peer)] = {from, Format::storage};
     }
-    const Target targets[] = {{output, Format::storage},
-                              {window_.result(group.rank(), slot(round)) + offset_bytes, Format::storage}};
+    const Target targets[] = {
+        {output, Format::storage},
+        {window_.result(group.rank(), slot(round)) + offset_bytes, Format::storage}};
     reduce(message.reduction, {targets, gathers() ? size_t{2} : size_t{1}}, sources, piece.length);
   });
 }
 
-/// Takes blocks of the round until none is left; the result goes to the staging of the block's rank.
+/// Takes blocks of the round until none is left; the result goes to the staging of the block's
+/// rank.
 void Staged::combine_claimed(size_t round) {
   const Group& group = window_.group_;
   Meeting& here = meeting(round);
@@ -101,7 +102,8 @@ void Staged::combine_claimed(size_t round) {
   for (uint64_t claim; (claim = here.claimed.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
     const int block = static_cast<int>(claim);
     for (int peer = 0; peer < group.size(); ++peer) {
-      sources[static_cast<size_t>(peer)] = {window_.contribution(peer, slot(round), block), Format::storage};
+      sources[static_cast<size_t>(peer)] = {window_.contribution(peer, slot(round), block),
+                                            Format::storage};
     }
     const Target target{window_.result(block, slot(round)), Format::storage};
     reduce(window_.message_->reduction, {&target, 1}, sources, part(block, round).length);

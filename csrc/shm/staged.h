@@ -1,11 +1,12 @@
-// Tensors in private memory, staged through the window in rounds: the phases of two_shot.h's staged_rounds,
-// for reduce_scatter, allgather, and both.
+// Tensors in private memory, staged through the window in rounds: the phases of two_shot.h's
+// staged_rounds, for reduce_scatter, allgather, and both.
 //
-// Every round has a slot in the staging ring of each rank: an area per block for contributions, and one for
-// the result. Who may write it, without waiting for anybody: with `lead` rounds between two phases, a rank
-// that prepares round r has combined round r - 1 - lead, so all ranks had prepared that one, and so had left
-// round r - 2 - 3 lead behind in every phase. A ring of 3 lead + 2 slots is therefore safe with two counters
-// per rank, prepared and combined, also from one collective to the next.
+// Every round has a slot in the staging ring of each rank: an area per block for contributions, and
+// one for the result. Who may write it, without waiting for anybody: with `lead` rounds between two
+// phases, a rank that prepares round r has combined round r - 1 - lead, so all ranks had prepared
+// that one, and so had left round r - 2 - 3 lead behind in every phase. A ring of 3 lead + 2 slots
+// is therefore safe with two counters per rank, prepared and combined, also from one collective to
+// the next.
 #pragma once
 
 #include "shm/window.h"
@@ -20,8 +21,8 @@ class Staged {
   size_t rounds() const { return rounds_; }
   size_t lead() const { return window_.lead_; }
 
-  /// Round 0 may be prepared before the ranks meet, since that touches nothing but this rank's staging. Then
-  /// their arrival says that it is done, if `all_did` so.
+  /// Round 0 may be prepared before the ranks meet, since that touches nothing but this rank's
+  /// staging. Then their arrival says that it is done, if `all_did` so.
   void prepare_early();
   void met(bool all_did) { first_round_met_ = all_did; }
 

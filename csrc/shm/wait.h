@@ -1,5 +1,6 @@
-// The one function through which every wait goes. A wait looks at its flag only, for a short while; then
-// also at its Watch (aborts, dead peers, deadlines, signals); then it gives up the core; then it sleeps.
+// The one function through which every wait goes. A wait looks at its flag only, for a short while;
+// then also at its Watch (aborts, dead peers, deadlines, signals); then it gives up the core; then
+// it sleeps.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,10 @@ struct Patience {
   // A sleep ends after this long to look at the watch again; so an abort is noticed within it.
   static constexpr int64_t sleep_slice_ns = 2'000'000;
 
-  // Measured with 2 ranks on 2 cores and 8 ranks on 2 cores (AMD Zen 4): where ranks have a core each, a
-  // spin of tens of microseconds beats the futex's round trip; where they share cores, every spin is taken
-  // from the rank that is waited for, and a few yields let it run without the cost of sleeping.
+  // Measured with 2 ranks on 2 cores and 8 ranks on 2 cores (AMD Zen 4): where ranks have a core
+  // each, a spin of tens of microseconds beats the futex's round trip; where they share cores,
+  // every spin is taken from the rank that is waited for, and a few yields let it run without the
+  // cost of sleeping.
   static constexpr Patience own_core() { return {20'000, 20}; }
   static constexpr Patience shared_core() { return {100, 20}; }
 };

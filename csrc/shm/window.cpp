@@ -5,8 +5,9 @@
 namespace ringreduce {
 namespace {
 
-// A ring small enough for the L2 cache is slow: a line that is dirty in another core's L2 is the dearest to
-// fetch. Megabytes written well ahead of the reader were three times faster (AMD Zen 4, 2 cores).
+// A ring small enough for the L2 cache is slow: a line that is dirty in another core's L2 is the
+// dearest to fetch. Megabytes written well ahead of the reader were three times faster (AMD Zen 4,
+// 2 cores).
 constexpr size_t staging_ring_bytes = size_t{4} << 20;
 constexpr size_t largest_chunk_bytes = size_t{128} << 10;
 constexpr size_t share_parities = 2;
@@ -32,7 +33,8 @@ Window::Window(Group& group, Segment staging)
   depth_ = 3 * lead_ + 2;
   static_assert(3 * 2 + 2 <= max_staged_rounds);
   const size_t areas = depth_ * (static_cast<size_t>(group.size()) + 1);
-  chunk_bytes_ = std::min(largest_chunk_bytes, staging_ring_bytes / areas / line_bytes * line_bytes);
+  chunk_bytes_ =
+      std::min(largest_chunk_bytes, staging_ring_bytes / areas / line_bytes * line_bytes);
 }
 
 void Window::begin(const Header& header, const Message& message, Watch& watch) {
@@ -67,8 +69,9 @@ bool Window::arrive_by_flags() {
   return true;
 }
 
-/// The last to arrive compares for all. It resets the counters of the previous collective, which nobody uses
-/// any more: all have left it, since all are here. `go` carries that to them (release, acquire).
+/// The last to arrive compares for all. It resets the counters of the previous collective, which
+/// nobody uses any more: all have left it, since all are here. `go` carries that to them (release,
+/// acquire).
 bool Window::arrive_by_meeting() {
   GroupControl& shared = group_.shared();
   Meeting& arrival = shared.arrival;
@@ -85,7 +88,9 @@ bool Window::arrive_by_meeting() {
   return true;
 }
 
-Meeting& Window::staged_round(uint64_t round) const { return group_.shared().rounds[round % depth_]; }
+Meeting& Window::staged_round(uint64_t round) const {
+  return group_.shared().rounds[round % depth_];
+}
 
 bool Window::all_agree() const {
   for (int peer = 0; peer < group_.size(); ++peer) {
@@ -99,7 +104,8 @@ char* Window::share(int rank) const {
 }
 
 char* Window::contribution(int rank, uint64_t round, int block) const {
-  const size_t area = round % depth_ * (static_cast<size_t>(group_.size()) + 1) + static_cast<size_t>(block);
+  const size_t area =
+      round % depth_ * (static_cast<size_t>(group_.size()) + 1) + static_cast<size_t>(block);
   return staging_.block(rank) + share_parities * largest_share_bytes + area * chunk_bytes_;
 }
 
@@ -132,7 +138,8 @@ void Window::begin_symmetric(size_t count) {
 bool Window::next_slice(Chunk& slice) {
   if (stopped_) return false;
   Meeting& arrival = group_.shared().arrival;
-  const size_t index = group_.claims() ? arrival.claimed.fetch_add(1, std::memory_order_relaxed) : next_owned_++;
+  const size_t index =
+      group_.claims() ? arrival.claimed.fetch_add(1, std::memory_order_relaxed) : next_owned_++;
   slice = owned_.piece(index, slice_elements_);
   return !slice.empty();
 }

@@ -1,10 +1,11 @@
-// The Window of the CPU: how ranks that share memory meet, and reduce each other's data where it lies. The
-// algorithms over it are one_shot.h and two_shot.h. One Window per communicator; one collective at a time.
+// The Window of the CPU: how ranks that share memory meet, and reduce each other's data where it
+// lies. The algorithms over it are one_shot.h and two_shot.h. One Window per communicator; one
+// collective at a time.
 //
-// Two ways of sharing the work, with the same bits as result. Where every rank has a core, each owns a part
-// of the message, and ranks wait for each other's flags. Where ranks outnumber cores, a part would wait for
-// its owner to be scheduled: there the last to come publishes "go", whoever runs takes the next slice, and
-// who finishes the last one publishes "done".
+// Two ways of sharing the work, with the same bits as result. Where every rank has a core, each
+// owns a part of the message, and ranks wait for each other's flags. Where ranks outnumber cores, a
+// part would wait for its owner to be scheduled: there the last to come publishes "go", whoever
+// runs takes the next slice, and who finishes the last one publishes "done".
 #pragma once
 
 #include <vector>
@@ -29,8 +30,9 @@ class Window {
   /// Starts a collective: `header` is what this rank says of it. All three outlive the collective.
   void begin(const Header& header, const Message& message, Watch& watch);
 
-  /// Publishes the header, waits for those of all ranks and compares them. False: they differ (mismatch()), or
-  /// the wait was stopped; then nothing of any peer's tensors was touched, and every call here does nothing.
+  /// Publishes the header, waits for those of all ranks and compares them. False: they differ
+  /// (mismatch()), or the wait was stopped; then nothing of any peer's tensors was touched, and
+  /// every call here does nothing.
   bool arrive();
   bool mismatch() const { return mismatch_; }
   bool stopped() const { return stopped_; }
@@ -41,7 +43,8 @@ class Window {
   void share_input(Chunk chunk);
   void reduce_to_self(Chunk chunk);
 
-  // two_shot over symmetric tensors: where every rank's input and output lie in this process's memory
+  // two_shot over symmetric tensors: where every rank's input and output lie in this process's
+  // memory
   void set_symmetric(int rank, const char* input, char* output);
   void begin_symmetric(size_t count);
   bool next_slice(Chunk& slice);
@@ -62,7 +65,7 @@ class Window {
   Group& group_;
   Segment staging_;
   size_t chunk_bytes_;
-  uint64_t lead_, depth_;  // of the staging ring (staged.h)
+  uint64_t lead_, depth_;    // of the staging ring (staged.h)
   uint64_t next_round_ = 0;  // staged rounds over the communicator's life; equal on all ranks
 
   const Header* header_ = nullptr;

@@ -24,7 +24,8 @@ ShmWire::ShmWire(Group& group, Segment segment) : group_(group), segment_(std::m
   for (int tree = 0; tree < 2; ++tree) {
     const DoubleTree trees{size};
     const size_t first = 1 + 3 * static_cast<size_t>(tree);
-    // Every edge of the tree has one FIFO up, the child's first, and one down, the parent's by child.
+    // Every edge of the tree has one FIFO up, the child's first, and one down, the parent's by
+    // child.
     for (int child = 0; child < size; ++child) {
       const int parent = trees.place(tree, child).parent;
       if (parent == -1 || (child != rank && parent != rank)) continue;
@@ -58,7 +59,8 @@ void ShmWire::begin(const Message& message, Watch& watch) {
 bool ShmWire::wait_for(Peers from, Peers to) {
   for (const Peer& peer : from) {
     const Link& link = find(incoming_, peer);
-    if (stopped_ || !wait(link.fifo->filled, link.moved + 1, group_.patience(), *watch_)) stopped_ = true;
+    if (stopped_ || !wait(link.fifo->filled, link.moved + 1, group_.patience(), *watch_))
+      stopped_ = true;
   }
   for (const Peer& peer : to) {
     const Link& link = find(outgoing_, peer);
@@ -124,11 +126,13 @@ void ShmWire::recv_reduce_copy_send(Peers from, Peers to, Chunk chunk) {
     Target targets[3] = {{output, Format::storage}, {}, {}};
     size_t num_sources = 0, num_targets = 1;
     for (const Peer& peer : from) {
-      sources[num_sources++] = {find(incoming_, peer).slot() + offset * partial_bytes, Format::partial};
+      sources[num_sources++] = {find(incoming_, peer).slot() + offset * partial_bytes,
+                                Format::partial};
     }
     sources[num_sources++] = {input, Format::storage};
     for (const Peer& peer : to) {
-      targets[num_targets++] = {find(outgoing_, peer).slot() + offset * message.item_bytes, Format::storage};
+      targets[num_targets++] = {find(outgoing_, peer).slot() + offset * message.item_bytes,
+                                Format::storage};
     }
     reduce(message.reduction, {targets, num_targets}, {sources, num_sources}, part.length);
   });

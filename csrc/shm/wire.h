@@ -1,6 +1,6 @@
-// The Wire of the CPU: FIFOs of slots in shared memory, one for every pair of neighbours and channel, on which
-// ring.h and tree.h run. The sender owns the memory of its FIFOs; `filled` is written by the sender alone,
-// `emptied` by the receiver alone, and both only grow.
+// The Wire of the CPU: FIFOs of slots in shared memory, one for every pair of neighbours and
+// channel, on which ring.h and tree.h run. The sender owns the memory of its FIFOs; `filled` is
+// written by the sender alone, `emptied` by the receiver alone, and both only grow.
 #pragma once
 
 #include <vector>

