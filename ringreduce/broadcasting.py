@@ -1,0 +1,138 @@
+"""Brings all ranks to one rank's state at the start of training: an object, a model, an optimizer.
+
+Tensors travel as tensors. Pickled are only the object of broadcast_object and the structure of an
+optimizer's state: the ranks of a job are processes of one user, who trust each other.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ringreduce import tensors
+from ringreduce.collectives import communicator_of
+from ringreduce.communicator import Communicator
+from ringreduce.errors import MismatchError
+
+
+def broadcast_object(obj: Any, root: int = 0, *, comm: Communicator | None = None) -> Any:
+    """root's obj, on all ranks: obj itself on root, an equal one elsewhere, where obj is ignored.
+
+    Any object that pickle takes. Unpickling runs code that root chose, as the same user.
+    """
+    comm = communicator_of(comm)
+    pickled = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL) if comm.rank == root else b""
+    data, _ = comm.gather_bytes(pickled, root)
+    return obj if comm.rank == root else pickle.loads(data)
+
+
+def broadcast_parameters(
+    model_or_state_dict: Any, root: int = 0, *, comm: Communicator | None = None
+) -> None:
+    """Overwrites the parameters and buffers on all ranks with root's, one message for each dtype.
+
+    model_or_state_dict: a torch module, a dict of tensors or arrays by name, or a list of (name,
+    tensor). Order does not matter. Raises MismatchError on all ranks, naming the first difference,
+    unless all have the same names, shapes and dtypes; TypeError or ValueError for a tensor that
+    cannot be written.
+    """
+    comm = communicator_of(comm)
+    named = sorted(_named_tensors(model_or_state_dict), key=lambda item: item[0])
+    arrays = tensors.describe_all(named, writable=True)
+    lines = [f"{name} {array}" for (name, _), array in zip(named, arrays, strict=True)]
+    _require_same("broadcast_parameters", lines, comm)
+    comm.grouped_broadcast_([x for _, x in named], root)
+
+
+def broadcast_optimizer_state(
+    optimizer: Any, root: int = 0, *, comm: Communicator | None = None
+) -> None:
+    """Gives root's state and hyperparameters to the optimizers of all ranks.
+
+    optimizer: a torch optimizer, over parameters of the same shapes and dtypes on all ranks. Only
+    root's needs to have state: call it after root has loaded a checkpoint. Raises MismatchError on
+    all ranks if the parameters differ.
+    """
+    comm = communicator_of(comm)
+    groups = [group["params"] for group in optimizer.param_groups]
+    parameters = [(f"group {i}, parameter", x) for i, group in enumerate(groups) for x in group]
+    lines = [
+        f"{name} {array}"
+        for (name, _), array in zip(parameters, tensors.describe_all(parameters), strict=True)
+    ]
+    _require_same("broadcast_optimizer_state", lines, comm)
+    found: list[Any] = []
+    structure = None
+    if comm.rank == root:
+        structure = _take_tensors(optimizer.state_dict(), found)
+        tensors.describe_all(((f"state[{i}]", x) for i, x in enumerate(found)), writable=True)
+    structure, blanks = broadcast_object(
+        (structure, [(tuple(x.shape), x.dtype) for x in found]), root, comm=comm
+    )
+    if comm.rank != root:
+        found = [tensors.blank(shape, dtype).allocate() for shape, dtype in blanks]
+    comm.grouped_broadcast_(found, root)
+    if comm.rank != root:
+        optimizer.load_state_dict(_put_tensors(structure, found))
+
+
+def _named_tensors(source: Any) -> Iterable[tuple[str, Any]]:
+    if hasattr(source, "named_parameters") and hasattr(source, "named_buffers"):
+        return [*source.named_parameters(), *source.named_buffers()]
+    pairs = source.items() if isinstance(source, Mapping) else source
+    try:
+        return [(str(name), x) for name, x in pairs]
+    except (TypeError, ValueError):
+        raise TypeError(
+            "expected a torch module, a dict of tensors or a list of (name, tensor), "
+            f"not {type(source).__name__}"
+        ) from None
+
+
+def _require_same(what: str, lines: list[str], comm: Communicator) -> None:
+    """Collective. Raises the same MismatchError on all ranks unless all have the same lines."""
+    messages = comm.exchange(json.dumps(lines).encode())
+    for rank, message in enumerate(messages):
+        if message != messages[0]:
+            first, other = json.loads(messages[0]), json.loads(message)
+            length = max(len(first), len(other)) + 1
+            first += ["nothing more"] * (length - len(first))
+            other += ["nothing more"] * (length - len(other))
+            i = next(i for i in range(length) if first[i] != other[i])
+            raise MismatchError(
+                f"{what} on {comm.name}, after #{comm.core.sequence}: tensor {i} differs: rank 0 "
+                f"has '{first[i]}', rank {rank} has '{other[i]}'. Make the same model on all ranks"
+            )
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor in a structure that is pickled without its tensors."""
+
+    index: int
+
+
+def _take_tensors(structure: Any, found: list[Any]) -> Any:
+    """The structure with slots in place of its tensors, which are appended to found."""
+    if tensors.is_tensor(structure):
+        found.append(structure)
+        return _Slot(len(found) - 1)
+    if isinstance(structure, dict):
+        return {key: _take_tensors(value, found) for key, value in structure.items()}
+    if type(structure) in (list, tuple):
+        return type(structure)(_take_tensors(value, found) for value in structure)
+    return structure
+
+
+def _put_tensors(structure: Any, found: list[Any]) -> Any:
+    """The way back."""
+    if isinstance(structure, _Slot):
+        return found[structure.index]
+    if isinstance(structure, dict):
+        return {key: _put_tensors(value, found) for key, value in structure.items()}
+    if type(structure) in (list, tuple):
+        return type(structure)(_put_tensors(value, found) for value in structure)
+    return structure

@@ -1,0 +1,382 @@
+"""A group of ranks and the collectives among them.
+
+Checks the operands, makes the results and submits to the core; moves no data and knows no tensor
+library. What each collective does is written in collectives.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ringreduce import _core, tensors
+from ringreduce.errors import ResourceError
+from ringreduce.tensors import Array, describe
+from ringreduce.work import Work
+
+if TYPE_CHECKING:
+    from ringreduce.bootstrap import Bootstrap
+
+BARRIER = _core.KINDS["barrier"]
+ALLREDUCE = _core.KINDS["allreduce"]
+REDUCE_SCATTER = _core.KINDS["reduce_scatter"]
+ALLGATHER = _core.KINDS["allgather"]
+BROADCAST = _core.KINDS["broadcast"]
+REDUCE = _core.KINDS["reduce"]
+
+# Complex numbers have no order, and truth values have no average.
+UNDEFINED = {("avg", "bool"), *itertools.product(("min", "max"), ("complex64", "complex128"))}
+OP_INDEX = {
+    (op, dtype): op_index
+    for op, op_index in _core.OPS.items()
+    for name, dtype in _core.DTYPES.items()
+    if (op, name) not in UNDEFINED
+}
+
+
+class Communicator:
+    """Ranks 0 to size - 1, and everything they need to talk.
+
+    Each collective must be called by all ranks of the communicator, in the same order; calls from
+    several threads are serialised. `world()` and `split` make communicators.
+
+    rank, size: of this communicator. local_rank, local_size: among its ranks on this node.
+    name: for messages. core, bootstrap: for the other modules of this package.
+    """
+
+    def __init__(self, core: _core.Communicator, bootstrap: Bootstrap, name: str = "world") -> None:
+        """The bootstrap is the job's: its `opened` holds the cores that must end together."""
+        self.core = core
+        self.bootstrap = bootstrap
+        self.name = name
+        self.rank: int = core.rank
+        self.size: int = core.size
+        self.local_rank: int = core.local_rank
+        self.local_size: int = core.local_size
+        self._num_splits = 0
+
+    def __repr__(self) -> str:
+        return f"<ringreduce.Communicator {self.name}: rank {self.rank} of {self.size}>"
+
+    # ---- Collectives: see the functions of the same names in collectives.py.
+
+    def allreduce(self, x: Any, op: str = "sum", *, out: Any = None, async_op: bool = False) -> Any:
+        source = describe(x)
+        op_index = _check_op(op, source.dtype)
+        if out is None:
+            target = describe(tensors.empty_like(source))
+        else:
+            target = tensors.describe_out(out, source)
+            tensors.mark_written(target)
+        return self._run(ALLREDUCE, op_index, 0, source, target, async_op)
+
+    def allreduce_(self, x: Any, op: str = "sum", *, async_op: bool = False) -> Any:
+        # The hot path: every Python call here counts beside a collective of a few microseconds.
+        array = describe(x, True)
+        address, shape, strides, dtype = array[:4]
+        op_index = _check_op(op, dtype)
+        array.framework.mark_written(x)
+        tensor = (address, address, shape, strides, strides)
+        work = self.core.submit(ALLREDUCE, op_index, dtype, 0, [tensor], x, async_op)
+        return Work((work,), x) if async_op else x
+
+    def grouped_allreduce(
+        self, xs: Iterable[Any], op: str = "sum", *, async_op: bool = False
+    ) -> Any:
+        sources = _describe_list(xs)
+        op_index = _check_group_op(op, sources)
+        targets = [describe(tensors.empty_like(source)) for source in sources]
+        return self._run_group(ALLREDUCE, op_index, 0, sources, targets, async_op)
+
+    def grouped_allreduce_(
+        self, xs: Iterable[Any], op: str = "sum", *, async_op: bool = False
+    ) -> Any:
+        arrays = _describe_list(xs, writable=True)
+        op_index = _check_group_op(op, arrays)
+        tensors.check_apart(arrays)
+        return self._run_group(ALLREDUCE, op_index, 0, arrays, arrays, async_op)
+
+    def reduce_scatter(self, x: Any, op: str = "sum", *, async_op: bool = False) -> Any:
+        source = describe(x)
+        if not source.shape:
+            raise ValueError("reduce_scatter splits dimension 0, and a 0-d tensor has none")
+        op_index = _check_op(op, source.dtype)
+        rows, extra = divmod(source.shape[0], self.size)
+        target = describe(tensors.empty_rows(source, rows + (self.rank < extra)))
+        return self._run(REDUCE_SCATTER, op_index, 0, source, target, async_op)
+
+    def allgather(self, x: Any, *, async_op: bool = False) -> Any:
+        source = describe(x)
+        tensor = (source.address, 0, source.shape, source.strides, None)
+        work = self.core.submit(ALLGATHER, 0, source.dtype, 0, [tensor], source.owner, async_op)
+
+        def result() -> Any:
+            return tensors.gathered(source, work.output(), sum(work.counts))
+
+        return Work((work,), finish=result) if async_op else result()
+
+    def broadcast(self, x: Any, root: int = 0, *, async_op: bool = False) -> Any:
+        root = self._check_root(root)
+        source = describe(x)
+        result = (tensors.copy_of if self.rank == root else tensors.empty_like)(source)
+        return self.broadcast_(result, root, async_op=async_op)
+
+    def broadcast_(self, x: Any, root: int = 0, *, async_op: bool = False) -> Any:
+        root = self._check_root(root)
+        array = describe(x, True)
+        tensors.mark_written(array)
+        return self._run(BROADCAST, 0, root, array, array, async_op)
+
+    def grouped_broadcast_(
+        self, xs: Iterable[Any], root: int = 0, *, async_op: bool = False
+    ) -> Any:
+        root = self._check_root(root)
+        arrays = _describe_list(xs, writable=True)
+        return self._run_group(BROADCAST, 0, root, arrays, arrays, async_op)
+
+    def reduce(self, x: Any, op: str = "sum", root: int = 0, *, async_op: bool = False) -> Any:
+        root = self._check_root(root)
+        source = describe(x)
+        op_index = _check_op(op, source.dtype)
+        target = describe(tensors.empty_like(source)) if self.rank == root else None
+        return self._run(REDUCE, op_index, root, source, target, async_op)
+
+    def barrier(self, *, async_op: bool = False) -> Any:
+        work = self.core.submit(BARRIER, 0, 0, 0, [], None, async_op)
+        return Work((work,)) if async_op else None
+
+    def empty(self, shape: int | Sequence[int], dtype: Any, device: Any = None) -> Any:
+        blank = tensors.blank(shape, dtype, device)
+        return blank.on(self.core.allocate(blank.size_bytes))
+
+    def broadcast_object(self, obj: Any, root: int = 0) -> Any:
+        from ringreduce import broadcasting
+
+        return broadcasting.broadcast_object(obj, root, comm=self)
+
+    def broadcast_parameters(self, model_or_state_dict: Any, root: int = 0) -> None:
+        from ringreduce import broadcasting
+
+        broadcasting.broadcast_parameters(model_or_state_dict, root, comm=self)
+
+    def broadcast_optimizer_state(self, optimizer: Any, root: int = 0) -> None:
+        from ringreduce import broadcasting
+
+        broadcasting.broadcast_optimizer_state(optimizer, root, comm=self)
+
+    # ---- Small messages and groups.
+
+    def gather_bytes(self, message: bytes, root: int = 0) -> tuple[Any, list[int]]:
+        """Collective: all messages one after the other (a uint8 array), and the length of each.
+
+        The ranks must agree on root; what it means is the caller's.
+        """
+        root = self._check_root(root)
+        array = tensors.from_bytes(message)
+        tensor = (array.address, 0, array.shape, None, None)
+        work = self.core.submit(ALLGATHER, 0, array.dtype, root, [tensor], array.owner, False)
+        return work.output(), work.counts
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        """Collective: every rank's message, in rank order."""
+        data, lengths = self.gather_bytes(message)
+        ends = itertools.accumulate(lengths)
+        return [data[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
+
+    def split(self, color: int | None, key: int | None = None) -> Communicator | None:
+        """Collective: makes one communicator of all ranks that give the same color.
+
+        color: any 64-bit integer; None takes part and gets None. key: orders the ranks of the new
+        communicator; equal keys, and all by default, in the order of this one. Raises ResourceError
+        on all ranks of a group if one of them could not be set up.
+        """
+        mine = b"" if color is None else _pack_color(color, self.rank if key is None else key)
+        self._num_splits += 1
+        members = []
+        for rank, message in enumerate(self.exchange(mine)):
+            if mine and message[:8] == mine[:8]:
+                members.append((*struct.unpack("<qq", message)[1:], rank))
+        exchange = _GroupExchange(self, [rank for _, rank in sorted(members)])
+        if not mine:
+            exchange.finish(b"")
+            return None
+        name = f"{self.name}/{self._num_splits}.{color}"
+        return Communicator(exchange.open_core(name), self.bootstrap, name)
+
+    def close(self) -> None:
+        """Local: leaves the communicator without waiting. Later calls on it raise NotInitialized.
+
+        Other ranks that still wait for this one get PeerFailed.
+        """
+        self.core.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.core.drain(self.bootstrap.settings.timeout_s)
+        finally:
+            self.close()
+
+    # ---- The way into the core.
+
+    def _run(
+        self,
+        kind: int,
+        op_index: int,
+        root: int,
+        source: Array,
+        target: Array | None,
+        async_op: bool,
+    ) -> Any:
+        """One message. Its result is the target's owner: None without a target."""
+        result = None if target is None else target.owner
+        operands = [_operand(source, target)]
+        keepalive = (source.owner, result)
+        work = self.core.submit(kind, op_index, source.dtype, root, operands, keepalive, async_op)
+        return Work((work,), result) if async_op else result
+
+    def _run_group(
+        self,
+        kind: int,
+        op_index: int,
+        root: int,
+        sources: list[Array],
+        targets: list[Array],
+        async_op: bool,
+    ) -> Any:
+        """One message for each dtype, in order of first appearance."""
+        messages: dict[int, list[tuple]] = {}
+        for source, target in zip(sources, targets, strict=True):
+            messages.setdefault(source.dtype, []).append(_operand(source, target))
+        if len(messages) != 1:
+            # Message by message, the core would not see that lists differ in how their dtypes
+            # interleave, or that one is empty. So the first message ends in an operand without
+            # elements whose shape stands for the whole list.
+            first = next(iter(messages), 0)
+            whole = repr([(array.dtype, *array.shape) for array in sources])
+            stamp = (0, 0, (0, zlib.crc32(whole.encode())), None, None)
+            messages.setdefault(first, []).append(stamp)
+        if targets is sources:
+            for array in targets:
+                tensors.mark_written(array)
+        results = [target.owner for target in targets]
+        works = [
+            self.core.submit(kind, op_index, dtype, root, operands, (sources, results), async_op)
+            for dtype, operands in messages.items()
+        ]
+        return Work(works, results, give_up=self.core.abort) if async_op else results
+
+    def _check_root(self, root: int) -> int:
+        root = operator.index(root)
+        if not 0 <= root < self.size:
+            raise ValueError(f"root must be a rank, 0 to {self.size - 1}, not {root}")
+        return root
+
+
+class _GroupExchange:
+    """Small messages within a group that split makes, carried by the communicator it splits.
+
+    Every rank of the parent stays in rounds of its exchange until all have said that they are done,
+    since groups may need different numbers of rounds. A message starts with b"+"; "done" is b"-"
+    and why it failed.
+    """
+
+    def __init__(self, parent: Communicator, members: list[int]) -> None:
+        self._parent = parent
+        self._members = members
+
+    def __call__(self, message: bytes) -> list[bytes]:
+        return self._own(self._parent.exchange(b"+" + message))
+
+    def open_core(self, name: str) -> _core.Communicator:
+        """Collective over the parent; ranks without a group call finish instead."""
+        bootstrap = self._parent.bootstrap
+        try:
+            core = _core.Communicator(
+                self._members.index(self._parent.rank),
+                len(self._members),
+                self,
+                in_process=bootstrap.in_process,
+                timeout_s=bootstrap.settings.timeout_s,
+                warn_after_s=bootstrap.settings.warn_after_s,
+                algorithm=bootstrap.settings.algorithm,
+                name=name,
+            )
+        except Exception as error:
+            self.finish(str(error).encode() or type(error).__name__.encode())
+            raise
+        try:
+            self._own(self.finish(b""))
+        except BaseException:
+            core.close()
+            raise
+        bootstrap.opened[:] = [other for other in bootstrap.opened if not other.closed]
+        bootstrap.opened.append(core)
+        return core
+
+    def finish(self, failure: bytes) -> list[bytes]:
+        """Keeps the other ranks company until all are done; returns how each fared."""
+        while True:
+            messages = self._parent.exchange(b"-" + failure)
+            if all(message.startswith(b"-") for message in messages):
+                return messages
+
+    def _own(self, messages: list[bytes]) -> list[bytes]:
+        """The group's messages without their mark, unless one of its ranks has failed."""
+        for rank in self._members:
+            if messages[rank].startswith(b"-") and len(messages[rank]) > 1:
+                raise ResourceError(
+                    f"split: rank {rank} of {self._parent.name} could not set up its part: "
+                    + messages[rank][1:].decode()
+                )
+        return [messages[rank][1:] for rank in self._members]
+
+
+def _operand(source: Array, target: Array | None) -> tuple:
+    if target is None:
+        return source.address, 0, source.shape, source.strides, None
+    return source.address, target.address, source.shape, source.strides, target.strides
+
+
+def _check_op(op: str, dtype: int) -> int:
+    try:
+        return OP_INDEX[op, dtype]
+    except (KeyError, TypeError):
+        if op in tuple(_core.OPS):
+            name = tensors.DTYPE_NAMES[dtype]
+            raise TypeError(
+                f"op {op!r} is not defined for {name}: use another op or dtype"
+            ) from None
+        raise ValueError(f"op must be one of {', '.join(_core.OPS)}, not {op!r}") from None
+
+
+def _check_group_op(op: str, arrays: list[Array]) -> int:
+    for array in arrays:
+        _check_op(op, array.dtype)
+    return _check_op(op, _core.DTYPES["float64"])  # which has every op: the list may be empty
+
+
+def _describe_list(xs: Iterable[Any], writable: bool = False) -> list[Array]:
+    if tensors.is_tensor(xs):
+        raise TypeError("xs must be a list of tensors, not one tensor")
+    return tensors.describe_all(((f"xs[{i}]", x) for i, x in enumerate(xs)), writable)
+
+
+def _pack_color(color: int, key: int) -> bytes:
+    try:
+        return struct.pack("<qq", operator.index(color), operator.index(key))
+    except struct.error:
+        raise ValueError(f"color and key must be 64-bit integers, not {color} and {key}") from None

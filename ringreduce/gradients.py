@@ -1,0 +1,364 @@
+"""Reduces gradients while backward goes on: hooks pack them into buckets, its end publishes them.
+
+A bucket lies in symmetric memory and is reduced in place. While it is, it is nobody's `.grad`: that
+becomes a view of the bucket only when backward ends. Knows nothing of modules, modes and buffers.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ringreduce.buckets import Bucket, Place
+from ringreduce.communicator import Communicator
+from ringreduce.errors import RingReduceError
+from ringreduce.work import Work
+
+
+@dataclass
+class Totals:
+    """What reductions have cost this rank."""
+
+    backwards: int = 0  # reduced ones
+    bytes: int = 0  # of gradients given to the communicator
+    wait_s: float = 0.0  # that backward had to wait for communication at its end
+
+
+class _Slot:
+    """One parameter and its place in a bucket."""
+
+    __slots__ = ("index", "name", "parameter", "view", "address", "published")
+
+    def __init__(self, index: int, place: Place, parameter: nn.Parameter, flat: Tensor) -> None:
+        self.index = index
+        self.name = place.name
+        self.parameter = parameter
+        self.view = place.view(flat)  # ours alone: user code may make its own point elsewhere
+        self.address = self.view.data_ptr()
+        self.published = self.view.detach()  # what becomes .grad
+
+    def publish(self) -> None:
+        if self.published.data_ptr() != self.address:  # after `p.grad.data = ...`
+            self.published = self.view.detach()
+        self.parameter.grad = self.published
+
+
+class _Run:
+    """A bucket at work."""
+
+    __slots__ = ("index", "flat", "slots", "missing", "work")
+
+    def __init__(self, index: int, flat: Tensor, slots: list[_Slot]) -> None:
+        self.index = index
+        self.flat = flat
+        self.slots = slots
+        self.missing: set[int] = set()  # slots that are not packed yet; the same object for life
+        self.work: Work | None = None  # of this backward, once it is launched
+
+
+class GradientReducer:
+    """Keeps the gradients of a model equal on all ranks. One for each layout of its buckets.
+
+    A backward is *armed* when it is to be reduced: by a hook on what forward returned, or, where
+    that had no tensors to hook, by the first gradient. Each parameter's hook packs its gradient; a
+    bucket that is complete is reduced in the background, strictly in order. When backward ends,
+    what is missing is filled in, one last message says who used which parameter, and `.grad`
+    becomes the view.
+
+    Hooks may run on several threads, one a device: sets change atomically, launches take a lock.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        op: str,
+        parameters: dict[str, nn.Parameter],
+        plan: Sequence[Bucket],
+        before_publishing: Callable[[], None],
+        totals: Totals,
+        previous: GradientReducer | None = None,
+    ) -> None:
+        """Collective: allocates the buckets.
+
+        before_publishing: called at the end of a reduced backward, on all ranks. totals: counted
+        up. previous: whose gradients, reduced or not, are still in the parameters.
+        """
+        self.comm = comm
+        self.plan = plan
+        self._op = op
+        self._average = op == "avg"
+        self._before_publishing = before_publishing
+        self._totals = totals
+        self._slots: list[_Slot] = []
+        self._runs = [self._allocate(i, bucket, parameters) for i, bucket in enumerate(plan)]
+        # One byte for each parameter (used), bucket (dirty) and rank (its backward raised).
+        self._bits = comm.empty(len(self._slots) + len(plan) + comm.size, torch.uint8)
+        self._flags: list[int] = []  # the bits of the last reduced backward, over all ranks
+        reduced = set() if previous is None else previous._reduced_parameters()
+        # Slots whose .grad, if any, is all ranks'; slots where it may have more of this rank alone.
+        self._reduced = {slot.index for slot in self._slots if id(slot.parameter) in reduced}
+        self._local = {slot.index for slot in self._slots} - self._reduced
+        self._armed = False
+        self._callback: weakref.ref[functools.partial[None]] | None = None  # of the armed backward
+        self._next = 0  # bucket to launch
+        self._dirty: set[int] = set()  # buckets that got gradients after they were launched
+        self._late = False  # whether a first gradient arms
+        self._late_once = False  # ... until a backward was reduced
+        self._local_task = -1  # the backward that is not to be reduced
+        self._lock = threading.Lock()
+        self._closed = False
+        self._handles = [
+            slot.parameter.register_post_accumulate_grad_hook(self._packer(slot, run))
+            for run in self._runs
+            for slot in run.slots
+        ]
+        if not self._average:
+            self._handles += [
+                slot.parameter.register_hook(self._guard(slot)) for slot in self._slots
+            ]
+
+    def _allocate(self, index: int, bucket: Bucket, parameters: dict[str, nn.Parameter]) -> _Run:
+        flat = self.comm.empty(bucket.length, bucket.dtype, bucket.device).zero_()
+        first = len(self._slots)
+        for i, place in enumerate(bucket.places, first):
+            self._slots.append(_Slot(i, place, parameters[place.name], flat))
+        return _Run(index, flat, self._slots[first:])
+
+    def _reduced_parameters(self) -> set[int]:
+        """By id."""
+        return {id(self._slots[i].parameter) for i in self._reduced - self._local}
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the parameters that no rank had a gradient for in the last reduced backward."""
+        return [slot.name for slot, used in zip(self._slots, self._flags, strict=False) if not used]
+
+    def holds(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> bool:
+        """Whether these very tensors, by these names, are what it reduces."""
+        mine = {slot.name: slot.parameter for slot in self._slots}
+        return len(mine) == len(parameters) and all(mine.get(name) is p for name, p in parameters)
+
+    def close(self) -> None:
+        """Local: removes the hooks. What `.grad` views stays valid."""
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- Between forward and backward.
+
+    def watch(self, outputs: Iterable[Tensor], sync: bool) -> None:
+        """Called after forward: the backward from its outputs is to be reduced (sync) or not."""
+        found = False
+        for tensor in outputs:
+            if tensor.grad_fn is not None:  # a hook on a leaf would stay for ever
+                tensor.register_hook(lambda _: self._begin(sync))
+                found = True
+        self._late = sync
+        self._late_once = found
+
+    def recover(self) -> None:
+        """Ends a reduction that an exception in backward has left half done. Collective then.
+
+        It sends what is missing, so that this rank stays in step with the others, and tells them.
+        """
+        if not self._armed or (self._callback is not None and self._callback() is not None):
+            return
+        self._armed = False
+        self._local.update(set(range(len(self._slots))) - self._missing())
+        for run in self._runs:
+            run.missing.clear()
+        self._launch_ready()
+        self._share_bits(set(), failed=True)
+
+    # ---- During backward, on its threads.
+
+    def _begin(self, sync: bool) -> None:
+        self.recover()
+        if self._closed or self._armed or not self._will_accumulate():
+            return
+        if sync:
+            self._arm()
+        else:
+            self._local_task = torch._C._current_graph_task_id()
+
+    def _will_accumulate(self) -> bool:
+        """False within torch.autograd.grad, which leaves `.grad` alone."""
+        for slot in self._slots:
+            with torch.enable_grad():
+                alias = slot.parameter.view_as(slot.parameter)
+            if alias.grad_fn is None:  # it is frozen by now
+                continue
+            accumulate = alias.grad_fn.next_functions[0][0]
+            if accumulate is not None and torch._C._will_engine_execute_node(accumulate):
+                return True
+        return False
+
+    def _begin_late(self) -> bool:
+        """At a gradient in a backward that is not armed: whether it is now."""
+        if not self._late or torch._C._current_graph_task_id() == self._local_task:
+            return False
+        self._arm()
+        return True
+
+    def _arm(self) -> None:
+        for run in self._runs:
+            run.missing.update(slot.index for slot in run.slots)
+            run.work = None
+        self._next = 0
+        self._dirty.clear()
+        finish = functools.partial(self._finish)  # the engine's alone: an exception drops it
+        torch.autograd.Variable._execution_engine.queue_callback(finish)
+        self._callback = weakref.ref(finish)
+        self._armed = True
+
+    def _packer(self, slot: _Slot, run: _Run) -> Callable[[Tensor], None]:
+        """The hook of a parameter: the hot path, called once for each in every backward."""
+        index, view, address, missing = slot.index, slot.view, slot.address, run.missing
+
+        def pack(parameter: Tensor) -> None:
+            if not self._armed and not self._begin_late():
+                self._local.add(index)
+                return
+            if run.work is not None:
+                self._dirty.add(run.index)
+                return
+            grad = parameter.grad
+            if grad is None:
+                return
+            if grad.is_sparse or grad.requires_grad:
+                view.copy_(_plain(grad))
+            elif grad.data_ptr() == address:
+                parameter.grad = grad.clone()  # it was accumulated in place: packed already
+            else:
+                view.copy_(grad)
+            missing.discard(index)
+            if not missing:
+                self._launch_ready()
+
+        return pack
+
+    def _guard(self, slot: _Slot) -> Callable[[Tensor], None]:
+        """Before a gradient is accumulated: what is reduced already must not be reduced again."""
+        index, parameter = slot.index, slot.parameter
+
+        def check(_: Tensor) -> None:
+            if index not in self._reduced:
+                return
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                raise RingReduceError(
+                    f"'{slot.name}' gets a gradient on top of one that is reduced already, and op "
+                    f"'{self._op}' would count that one again: call zero_grad() before this "
+                    "backward, or accumulate under no_sync() and reduce once, at the end"
+                )
+            self._reduced.discard(index)
+
+        return check
+
+    def _launch_ready(self) -> None:
+        with self._lock:
+            while self._next < len(self._runs) and not self._runs[self._next].missing:
+                run = self._runs[self._next]
+                run.work = self.comm.allreduce_(run.flat, self._op, async_op=True)
+                self._totals.bytes += self.plan[run.index].size_bytes
+                self._next += 1
+
+    # ---- At the end of backward, on the thread that called it.
+
+    def _finish(self) -> None:
+        try:
+            with torch.no_grad():
+                unused = self._fill_missing()
+                self._launch_ready()
+                start_s = time.perf_counter()
+                self._share_bits(unused)
+                self._reduce_dirty(unused)
+                self._before_publishing()
+                self._totals.wait_s += time.perf_counter() - start_s
+                self._totals.backwards += 1
+                self._publish(unused)
+        finally:
+            self._armed = False
+            self._late = self._late and not self._late_once
+
+    def _missing(self) -> set[int]:
+        return set().union(*(run.missing for run in self._runs))
+
+    def _fill_missing(self) -> set[int]:
+        """Packs what no hook has packed. Returns the slots that have nothing new from this rank."""
+        missing = self._missing()
+        unused = {
+            i for i in missing if i not in self._local or self._slots[i].parameter.grad is None
+        }
+        for i in missing:
+            self._pack(self._slots[i], i not in unused)
+        for run in self._runs:
+            run.missing.clear()
+        return unused
+
+    def _pack(self, slot: _Slot, used: bool) -> None:
+        """Zeros for what this rank has not used; but an average takes in what is there already."""
+        grad = slot.parameter.grad
+        if grad is not None and not grad.is_sparse and grad.data_ptr() == slot.address:
+            slot.parameter.grad = grad = grad.clone()
+        if grad is None or not (used or self._average):
+            slot.view.zero_()
+        else:
+            slot.view.copy_(_plain(grad))
+
+    def _share_bits(self, unused: set[int], failed: bool = False) -> None:
+        """Waits for the buckets, and for what all ranks say of them, which goes into `_flags`."""
+        bits, num_slots, num_runs = self._bits, len(self._slots), len(self._runs)
+        bits.zero_()
+        bits[:num_slots] = 1
+        if unused:
+            bits[list(unused)] = 0
+        for index in self._dirty:
+            bits[num_slots + index] = 1
+        if failed:
+            bits[num_slots + num_runs + self.comm.rank] = 1
+        work = self.comm.allreduce_(bits, "max", async_op=True)
+        for run in self._runs:
+            assert run.work is not None
+            run.work.wait()
+        work.wait()
+        self._flags = bits.tolist()
+        ranks = [rank for rank, bit in enumerate(self._flags[num_slots + num_runs :]) if bit]
+        if ranks and not failed:
+            self._local.update(set(range(num_slots)) - unused)
+            raise RingReduceError(
+                f"backward() raised an exception on rank {', '.join(map(str, ranks))}, so its "
+                "gradients were not reduced: each rank has its own. See that rank's output"
+            )
+
+    def _reduce_dirty(self, unused: set[int]) -> None:
+        """Reduces again, on all ranks, what got more gradients on any of them."""
+        for run, dirty in zip(self._runs, self._flags[len(self._slots) :], strict=False):
+            if dirty:
+                for slot in run.slots:
+                    self._pack(slot, slot.index not in unused)
+                self.comm.allreduce_(run.flat, self._op)
+                self._totals.bytes += self.plan[run.index].size_bytes
+
+    def _publish(self, unused: set[int]) -> None:
+        """What no rank has used keeps its `.grad`, None or not."""
+        for slot, used in zip(self._slots, self._flags, strict=False):
+            if used:
+                if not self._average and slot.index in unused and slot.parameter.grad is not None:
+                    slot.view.add_(slot.parameter.grad)
+                slot.publish()
+                self._reduced.add(slot.index)
+        self._local.clear()
+
+
+def _plain(grad: Tensor) -> Tensor:
+    """Dense, and outside of any graph."""
+    grad = grad.detach()
+    return grad.to_dense() if grad.is_sparse else grad

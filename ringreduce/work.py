@@ -1,0 +1,59 @@
+"""The handle of an asynchronous call: when it has ended, and what it returns. Not how it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ringreduce import _core
+from ringreduce.errors import MismatchError
+
+
+class Work:
+    """What a collective returns with `async_op=True`. The operands are kept alive without it.
+
+    Until the call has ended, do not write to its operands, nor read those that it writes to.
+    """
+
+    __slots__ = ("_parts", "_result", "_finish", "_give_up")
+
+    def __init__(
+        self,
+        parts: Sequence[_core.Work],
+        result: Any = None,
+        finish: Callable[[], Any] | None = None,
+        give_up: Callable[[str], None] | None = None,
+    ) -> None:
+        """parts: in order of issue. finish makes the result, where it cannot be made before."""
+        self._parts = parts
+        self._result = result
+        self._finish = finish
+        self._give_up = give_up
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Waits until the call has ended and returns its result, every time the same object.
+
+        timeout: seconds; None waits as long as the communicator allows. Raises TimeoutError when it
+        expires: the call goes on, and wait may be called again. Raises the error of the call if it
+        failed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for part in self._parts:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                part.wait(left)
+            except MismatchError:
+                if self._give_up is not None and part is not self._parts[-1]:
+                    # Other ranks may have issued fewer parts: theirs and ours would not meet again.
+                    self._give_up("the ranks gave different lists to an asynchronous grouped call")
+                raise
+        finish = self._finish
+        if finish is not None:
+            self._result = finish()
+            self._finish = None
+        return self._result
+
+    def done(self) -> bool:
+        """Whether wait would return, or raise, at once."""
+        return all(part.done() for part in self._parts)
