@@ -14,8 +14,15 @@ const char* name_of(Kind kind) {
   return index < std::size(names) ? names[index] : "unknown collective";
 }
 
-bool Header::agrees_with(const Header& other) const {
-  return std::memcmp(this, &other, num_agreed * sizeof(uint64_t)) == 0;
+uint64_t Header::digest() const {
+  uint64_t words[header_words];
+  std::memcpy(words, this, sizeof(words));
+  uint64_t hash = 0;
+  for (int word = 0; word < num_agreed; ++word) {
+    hash = (hash ^ words[word]) * 0x9e3779b97f4a7c15ull;
+    hash ^= hash >> 32;
+  }
+  return hash;
 }
 
 std::string Header::describe() const {

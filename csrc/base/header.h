@@ -41,7 +41,8 @@ struct Header {
   uint64_t input_offset = 0;  // bytes from that segment's start
   uint64_t output_offset = 0;
 
-  bool agrees_with(const Header& other) const;
+  /// A hash of the words that must be equal.
+  uint64_t digest() const;
   /// "allreduce(sum, float32, shape (2, 3))"
   std::string describe() const;
 };

@@ -111,12 +111,17 @@ nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::li
   for (nb::handle fields : tensors) {
     call.tensors.push_back(tensor(nb::cast<nb::tuple>(fields), call, communicator));
   }
-  Signals signals;
   owner.release_finished();
-  auto work = signals.guard([&] {
-    auto issued = communicator.submit(std::move(call), asynchronous, signals.asker());
-    if (!asynchronous) issued->get();
-    return issued;
+  Signals signals;
+  std::shared_ptr<Work> work;
+  signals.guard([&] {
+    if (asynchronous) {
+      work = communicator.start(std::move(call));
+    } else {
+      work = std::make_shared<Work>();
+      communicator.run(call, *work, signals.asker());
+      work->finish(nullptr);
+    }
   });
   if (asynchronous) owner.kept.emplace_back(work, keepalive);
   return nb::cast(PyWork{work, self});
@@ -126,12 +131,9 @@ void wait_for(PyWork& self, std::optional<double> timeout_s) {
   PyCommunicator& owner = nb::cast<PyCommunicator&>(self.communicator);
   const Deadline deadline = timeout_s ? Deadline::after_s(*timeout_s) : Deadline::never();
   Signals signals;
-  const bool timed_out = signals.guard([&] {
-    bool late = false;
-    owner.communicator->wait(*self.work, deadline, signals.asker(), &late);
-    return late;
-  });
-  if (timed_out) {
+  const bool ended = signals.guard(
+      [&] { return owner.communicator->wait(*self.work, deadline, signals.asker()); });
+  if (!ended) {
     PyErr_Format(PyExc_TimeoutError,
                  "the operation has not ended within the wait's timeout; it goes on, and may be "
                  "waited for again");

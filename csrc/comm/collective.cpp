@@ -24,7 +24,8 @@ class Collective {
         operands_(call),
         message_(operands_.message()),
         header_(call.header(core.sequence.fetch_add(1) + 1)),
-        watch_(core.group, header_, limits(core), interrupted, core.closing) {
+        watch_(core.group, header_, {core.options.warn_after_s, core.options.timeout_s},
+               interrupted, core.closing) {
     message_.reduction.size = core.size;
   }
 
@@ -57,11 +58,6 @@ class Collective {
   }
 
  private:
-  static GroupWatch::Limits limits(const Core& core) {
-    return {Deadline::after_s(core.options.warn_after_s), Deadline::after_s(core.options.timeout_s),
-            core.options.warn_after_s, core.options.timeout_s};
-  }
-
   bool uses_ring() const {
     return core_.tuner.choose(call_.kind, 0).algorithm == Algorithm::ring && core_.size > 1;
   }
@@ -221,7 +217,7 @@ class Collective {
       std::string same;
       int others = 0;
       for (int peer = rank; peer < core_.size; ++peer) {
-        if (!core_.window.header_of(peer).agrees_with(header)) continue;
+        if (core_.window.header_of(peer).digest() != header.digest()) continue;
         told[static_cast<size_t>(peer)] = true;
         same += (others++ ? ", " : "") + std::to_string(peer);
       }

@@ -53,23 +53,36 @@ void Communicator::check_usable() {
   if (core_->group.aborted()) throw_aborted(*core_, "a new call");
 }
 
-std::shared_ptr<Work> Communicator::submit(Call call, bool asynchronous,
-                                           const Interrupted& interrupted) {
+void Communicator::run(const Call& call, Work& work, const Interrupted& interrupted) {
   check_usable();
-  auto task = [core = core_, call = std::move(call)](Work& work, const Interrupted& may_interrupt) {
-    run_collective(*core, call, work, may_interrupt);
-  };
-  return engine_->run(std::move(task), asynchronous, interrupted, [this] { give_up(); });
+  run_in_order([&](const Interrupted& asked) { run_collective(*core_, call, work, asked); },
+               interrupted);
+}
+
+std::shared_ptr<Work> Communicator::start(Call call) {
+  check_usable();
+  return engine_->enqueue(
+      [core = core_, call = std::move(call)](Work& work) { run_collective(*core, call, work, {}); },
+      true);
 }
 
 std::shared_ptr<Block> Communicator::allocate(size_t size_bytes, const Interrupted& interrupted) {
   check_usable();
   std::shared_ptr<Block> block;
-  auto task = [core = core_, size_bytes, &block](Work&, const Interrupted& may_interrupt) {
-    block = run_allocate(*core, size_bytes, may_interrupt);
-  };
-  engine_->run(std::move(task), false, interrupted, [this] { give_up(); })->get();
+  run_in_order([&](const Interrupted& asked) { block = run_allocate(*core_, size_bytes, asked); },
+               interrupted);
   return block;
+}
+
+template <class Operation>
+void Communicator::run_in_order(const Operation& operation, const Interrupted& interrupted) {
+  {
+    const Engine::Turn turn(*engine_);
+    if (turn.granted()) return operation(interrupted);
+  }
+  // Others are under way. The caller waits here until it has ended, so references stay valid.
+  wait(*engine_->enqueue([&operation](Work&) { operation({}); }, false), Deadline::never(),
+       interrupted);
 }
 
 void Communicator::abort(const std::string& reason) {
@@ -97,16 +110,15 @@ bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
   return engine_->drain(Deadline::after_s(timeout_s), interrupted);
 }
 
-void Communicator::wait(Work& work, Deadline deadline, const Interrupted& interrupted,
-                        bool* timed_out) {
+bool Communicator::wait(Work& work, Deadline deadline, const Interrupted& interrupted) {
   const Work::Outcome outcome = work.wait(deadline, interrupted);
-  *timed_out = outcome == Work::Outcome::timed_out;
-  if (*timed_out) return;
+  if (outcome == Work::Outcome::timed_out) return false;
   if (outcome == Work::Outcome::interrupted) {
     give_up();
     work.wait(Deadline::never(), {});
   }
   work.get();
+  return true;
 }
 
 }  // namespace ringreduce

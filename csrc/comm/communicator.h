@@ -52,9 +52,11 @@ class Communicator {
   Communicator(int rank, int size, const Exchange& exchange, const Options& options);
   ~Communicator() { close(); }
 
-  /// Starts the collective; throws the error of an earlier one that nobody waited for, or of a dead
-  /// communicator. Blocking: returns a finished Work, whose error get() throws.
-  std::shared_ptr<Work> submit(Call call, bool asynchronous, const Interrupted& interrupted);
+  /// Runs the collective, on this thread if nothing else is under way. Both forms also throw the
+  /// error of an earlier one that nobody waited for.
+  void run(const Call& call, Work& work, const Interrupted& interrupted);
+  /// Starts it, and returns at once.
+  std::shared_ptr<Work> start(Call call);
 
   /// Collective. Symmetric memory of at least `size_bytes`.
   std::shared_ptr<Block> allocate(size_t size_bytes, const Interrupted& interrupted);
@@ -65,7 +67,8 @@ class Communicator {
   /// Local; does not wait. What is under way is aborted.
   void close();
   bool drain(double timeout_s, const Interrupted& interrupted);
-  void wait(Work& work, Deadline deadline, const Interrupted& interrupted, bool* timed_out);
+  /// Waits for a Work and throws its error; false if `deadline` came first.
+  bool wait(Work& work, Deadline deadline, const Interrupted& interrupted);
 
   bool closed() const { return closed_; }
   Core& core() const { return *core_; }
@@ -73,6 +76,8 @@ class Communicator {
  private:
   void check_usable();
   void give_up();
+  template <class Operation>
+  void run_in_order(const Operation& operation, const Interrupted& interrupted);
 
   std::shared_ptr<Core> core_;
   std::shared_ptr<Engine> engine_;

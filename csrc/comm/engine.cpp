@@ -8,29 +8,33 @@
 
 namespace ringreduce {
 
-void Engine::execute(const Task& task, Work& work, const Interrupted& interrupted) {
+void Engine::execute(const Task& task, Work& work) {
   try {
-    task(work, interrupted);
+    task(work);
     work.finish(nullptr);
   } catch (...) {
     work.finish(std::current_exception());
   }
 }
 
-std::shared_ptr<Work> Engine::run(Task task, bool asynchronous, const Interrupted& interrupted,
-                                  const std::function<void()>& give_up) {
+Engine::Turn::Turn(Engine& engine) : engine_(engine) {
+  std::lock_guard lock(engine_.mutex_);
+  if (engine_.stopped_) throw Error(ErrorCode::closed, "the communicator is closed");
+  granted_ = !engine_.busy_ && engine_.queue_.empty();
+  if (granted_) engine_.busy_ = true;
+}
+
+Engine::Turn::~Turn() {
+  if (!granted_) return;
+  std::lock_guard lock(engine_.mutex_);
+  engine_.busy_ = false;
+  if (!engine_.queue_.empty()) engine_.changed_.notify_all();
+}
+
+std::shared_ptr<Work> Engine::enqueue(Task task, bool asynchronous) {
   auto work = std::make_shared<Work>();
-  std::unique_lock lock(mutex_);
+  std::lock_guard lock(mutex_);
   if (stopped_) throw Error(ErrorCode::closed, "the communicator is closed");
-  if (!asynchronous && !busy_ && queue_.empty()) {
-    busy_ = true;
-    lock.unlock();
-    execute(task, *work, interrupted);
-    lock.lock();
-    busy_ = false;
-    if (!queue_.empty()) changed_.notify_all();
-    return work;
-  }
   queue_.push_back({std::move(task), work});
   last_ = work;
   if (asynchronous) unseen_.push_back(work);
@@ -43,11 +47,6 @@ std::shared_ptr<Work> Engine::run(Task task, bool asynchronous, const Interrupte
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
   changed_.notify_all();
-  lock.unlock();
-  if (!asynchronous && work->wait(Deadline::never(), interrupted) != Work::Outcome::finished) {
-    give_up();
-    work->wait(Deadline::never(), {});
-  }
   return work;
 }
 
@@ -60,7 +59,7 @@ void Engine::progress() {
     queue_.pop_front();
     busy_ = true;
     lock.unlock();
-    execute(entry.task, *entry.work, {});
+    execute(entry.task, *entry.work);
     entry = {};  // what the task holds is released before anybody may count on it
     lock.lock();
     busy_ = false;

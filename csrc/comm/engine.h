@@ -15,14 +15,26 @@ namespace ringreduce {
 
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
-  /// What an operation does; throws on failure. On a user's thread it may ask `interrupted`; else
-  /// it is empty.
-  using Task = std::function<void(Work& work, const Interrupted& interrupted)>;
+  /// What an operation does; throws on failure.
+  using Task = std::function<void(Work& work)>;
 
-  /// Asynchronous: returns at once. Else returns a finished Work; a wait that is interrupted calls
-  /// `give_up`, after which the operation must end soon.
-  std::shared_ptr<Work> run(Task task, bool asynchronous, const Interrupted& interrupted,
-                            const std::function<void()>& give_up);
+  /// Queues an operation for the progress thread. Its error, unless somebody looks at it, is kept
+  /// for take_unseen_error if `asynchronous`.
+  std::shared_ptr<Work> enqueue(Task task, bool asynchronous);
+
+  /// The right to run an operation on this thread, now. Nobody has it while others are under way.
+  class Turn {
+   public:
+    explicit Turn(Engine& engine);
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    bool granted() const { return granted_; }
+
+   private:
+    Engine& engine_;
+    bool granted_ = false;
+  };
 
   /// The error of an earlier operation that nobody waited for; each is returned once.
   std::exception_ptr take_unseen_error();
@@ -38,7 +50,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
     Task task;
     std::shared_ptr<Work> work;
   };
-  static void execute(const Task& task, Work& work, const Interrupted& interrupted);
+  static void execute(const Task& task, Work& work);
   void progress();
 
   std::mutex mutex_;  // of everything below

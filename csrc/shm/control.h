@@ -15,13 +15,23 @@ namespace ringreduce {
 inline constexpr size_t line_bytes =
     128;  // two cache lines: the neighbour line is prefetched with it
 
+/// How a rank says that it has come to a collective. One cache line holds all that a peer needs of
+/// a small message: that it has come, whether it means the same, and the payload.
+struct alignas(64) Arrival {
+  static constexpr size_t inline_bytes = 48;
+
+  Flag flag;                     // the collective's number; published last
+  std::atomic<uint64_t> digest;  // of what the ranks must agree on
+  char payload[inline_bytes];
+};
+static_assert(sizeof(Arrival) == 64);
+
 /// Written by its rank alone, but for the robust mutex's word, which the kernel marks when the
 /// owner dies.
 struct RankControl {
-  /// The number of the last collective this rank has come to; published after its header.
-  alignas(line_bytes) Flag arrived;
-  /// Headers by parity of the sequence number: nobody writes n + 2 before all have come to n + 1,
-  /// and whoever came to n + 1 has read all headers of n.
+  /// Both by parity of the sequence number: nobody writes n + 2 before all have come to n + 1, and
+  /// whoever has come to n + 1 has read all that it needs of n.
+  alignas(line_bytes) Arrival arrivals[2];
   alignas(line_bytes) SharedHeader headers[2];
   /// Staged rounds, counted over the life of the communicator: contributions written; slices
   /// reduced.
@@ -36,6 +46,12 @@ struct RankControl {
   std::atomic<uint64_t> nonce;  // proof that the mapping is the one that was meant
   char reason[2048];            // why this rank aborted; written before it sets the abort word
 };
+
+/// Whether the rank has come to collective `sequence`, or has gone past it.
+inline bool has_come(const RankControl& control, uint64_t sequence) {
+  return control.arrivals[sequence & 1].flag.reached(sequence) ||
+         control.arrivals[(sequence + 1) & 1].flag.reached(sequence + 1);
+}
 
 /// Where all ranks meet when they outnumber the cores: the last to come publishes, nobody polls the
 /// others.

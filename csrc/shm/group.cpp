@@ -31,6 +31,12 @@ char process_state(int pid) {
   return end != std::string::npos && end + 2 < text.size() ? text[end + 2] : '\0';
 }
 
+/// The number of the last collective that the rank has come to, modulo 2^31; 0: none yet.
+uint32_t last_seen(const RankControl& control) {
+  const uint32_t even = control.arrivals[0].flag.value(), odd = control.arrivals[1].flag.value();
+  return ((odd - even) & 0x7fffffffu) < 0x40000000u ? odd : even;
+}
+
 uint64_t random_nonce() {
   uint64_t nonce = 0;
   if (getrandom(&nonce, sizeof(nonce), 0) != sizeof(nonce)) nonce = static_cast<uint64_t>(now_ns());
@@ -120,34 +126,29 @@ bool Group::all_reported() const {
   return true;
 }
 
-GroupWatch::GroupWatch(Group& group, const Header& header, Limits limits,
-                       std::function<bool()> interrupted, const std::atomic<bool>& closing)
-    : group_(group),
-      header_(header),
-      limits_(limits),
-      interrupted_(std::move(interrupted)),
-      closing_(closing),
-      next_interrupt_ns_(now_ns() + interrupt_period_ns) {}
-
 bool GroupWatch::stop() {
-  if (group_.aborted() || check_peers()) return true;
-  if (closing_.load(std::memory_order_relaxed)) {
-    group_.abort(ErrorCode::peer_failed, group_.rank(),
-                 "rank " + std::to_string(group_.rank()) + " closed the communicator during " +
-                     header_.describe());
-    return true;
-  }
   const int64_t now = now_ns();
-  if (interrupted_ && now >= next_interrupt_ns_) {
+  if (begin_ns_ == 0) {
+    begin_ns_ = now;
     next_interrupt_ns_ = now + interrupt_period_ns;
-    if (interrupted_()) {
-      group_.abort(ErrorCode::interrupted, group_.rank(),
-                   "rank " + std::to_string(group_.rank()) + " was interrupted while it waited");
-      return true;
-    }
   }
+  if (group_.aborted() || check_peers() || check_user(now)) return true;
   check_time(now);
   return group_.aborted();
+}
+
+bool GroupWatch::check_user(int64_t now) {
+  const std::string me = "rank " + std::to_string(group_.rank());
+  if (closing_.load(std::memory_order_relaxed)) {
+    group_.abort(ErrorCode::peer_failed, group_.rank(),
+                 me + " closed the communicator during " + header_.describe());
+    return true;
+  }
+  if (!interrupted_ || now < next_interrupt_ns_) return false;
+  next_interrupt_ns_ = now + interrupt_period_ns;
+  if (!interrupted_()) return false;
+  group_.abort(ErrorCode::interrupted, group_.rank(), me + " was interrupted while it waited");
+  return true;
 }
 
 bool GroupWatch::check_peers() {
@@ -160,7 +161,7 @@ bool GroupWatch::check_peers() {
     }
     // In this order: whoever departed after it came here has done its part.
     if (control.departed.load(std::memory_order_acquire) != 0 &&
-        !control.arrived.reached(header_.sequence)) {
+        !has_come(control, header_.sequence)) {
       group_.abort(ErrorCode::peer_failed, peer,
                    name_rank(control, peer) + " exited while others wait for it");
       return true;
@@ -170,14 +171,15 @@ bool GroupWatch::check_peers() {
 }
 
 void GroupWatch::check_time(int64_t now) {
-  if (!warned_ && limits_.warn.passed(now)) {
+  const double waited_s = static_cast<double>(now - begin_ns_) * 1e-9;
+  if (!warned_ && waited_s >= limits_.warn_after_s) {
     warned_ = true;
     std::fprintf(stderr, "ringreduce: rank %d has waited %g s in %s #%llu: %s\n", group_.rank(),
                  limits_.warn_after_s, header_.describe().c_str(),
                  static_cast<unsigned long long>(header_.sequence), missing().c_str());
     std::fflush(stderr);
   }
-  if (limits_.end.passed(now)) {
+  if (waited_s >= limits_.end_after_s) {
     char seconds[32];
     std::snprintf(seconds, sizeof(seconds), "%g", limits_.end_after_s);
     group_.abort(ErrorCode::timeout, -1,
@@ -193,8 +195,8 @@ std::string GroupWatch::missing() const {
     const RankControl& control = group_.control(peer);
     const char state = process_state(control.pid.load());
     const std::string stopped = state == 'T' || state == 't' ? ", its process is stopped" : "";
-    if (!control.arrived.reached(header_.sequence)) {
-      const uint32_t last = control.arrived.value();
+    if (!has_come(control, header_.sequence)) {
+      const uint32_t last = last_seen(control);
       const std::string seen = last == 0 ? "it has called nothing yet"
                                          : "it was last seen in " +
                                                control.headers[last & 1].load().describe() + " #" +

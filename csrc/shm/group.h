@@ -63,27 +63,32 @@ class Group {
 class GroupWatch : public Watch {
  public:
   struct Limits {
-    Deadline warn, end;
-    double warn_after_s = 0, end_after_s = 0;
+    double warn_after_s, end_after_s;
   };
   /// `interrupted` is asked about every 50 ms whether the user wants out; empty on progress
-  /// threads.
-  GroupWatch(Group& group, const Header& header, Limits limits, std::function<bool()> interrupted,
-             const std::atomic<bool>& closing);
+  /// threads. Costs nothing until a wait is long: the clock starts with the first stop().
+  GroupWatch(Group& group, const Header& header, Limits limits,
+             const std::function<bool()>& interrupted, const std::atomic<bool>& closing)
+      : group_(group),
+        header_(header),
+        limits_(limits),
+        interrupted_(interrupted),
+        closing_(closing) {}
 
   bool stop() override;
 
  private:
   bool check_peers();
+  bool check_user(int64_t now);
   void check_time(int64_t now);
   std::string missing() const;
 
   Group& group_;
   const Header& header_;
-  Limits limits_;
-  std::function<bool()> interrupted_;
+  const Limits limits_;
+  const std::function<bool()>& interrupted_;
   const std::atomic<bool>& closing_;
-  int64_t next_interrupt_ns_;
+  int64_t begin_ns_ = 0, next_interrupt_ns_ = 0;
   bool warned_ = false;
 };
 

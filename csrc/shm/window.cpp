@@ -53,17 +53,23 @@ Header Window::header_of(int rank) const {
   return group_.control(rank).headers[header_->sequence & 1].load();
 }
 
+Arrival& Window::arrival_of(int rank) const {
+  return group_.control(rank).arrivals[header_->sequence & 1];
+}
+
 bool Window::arrive() {
-  RankControl& own = group_.own();
-  own.headers[header_->sequence & 1].store(*header_);
-  own.arrived.publish(header_->sequence);
+  Arrival& own = arrival_of(group_.rank());
+  digest_ = header_->digest();
+  group_.own().headers[header_->sequence & 1].store(*header_);
+  own.digest.store(digest_, std::memory_order_relaxed);
+  own.flag.publish(header_->sequence);
   const bool met = group_.claims() ? arrive_by_meeting() : arrive_by_flags();
   return met && !mismatch_;
 }
 
 bool Window::arrive_by_flags() {
   for (int peer = 0; peer < group_.size(); ++peer) {
-    if (!wait_for(group_.control(peer).arrived, header_->sequence)) return false;
+    if (!wait_for(arrival_of(peer).flag, header_->sequence)) return false;
   }
   mismatch_ = !all_agree();
   return true;
@@ -94,12 +100,13 @@ Meeting& Window::staged_round(uint64_t round) const {
 
 bool Window::all_agree() const {
   for (int peer = 0; peer < group_.size(); ++peer) {
-    if (!header_of(peer).agrees_with(*header_)) return false;
+    if (arrival_of(peer).digest.load(std::memory_order_relaxed) != digest_) return false;
   }
   return true;
 }
 
-char* Window::share(int rank) const {
+char* Window::share(int rank, size_t bytes) const {
+  if (bytes <= Arrival::inline_bytes) return arrival_of(rank).payload;
   return staging_.block(rank) + (header_->sequence & 1) * largest_share_bytes;
 }
 
@@ -109,13 +116,16 @@ char* Window::contribution(int rank, uint64_t round, int block) const {
   return staging_.block(rank) + share_parities * largest_share_bytes + area * chunk_bytes_;
 }
 
-void Window::share_input(Chunk chunk) { message_->copy_in(chunk, share(group_.rank())); }
+void Window::share_input(Chunk chunk) {
+  message_->copy_in(chunk, share(group_.rank(), chunk.length * message_->item_bytes));
+}
 
 void Window::reduce_to_self(Chunk chunk) {
+  const size_t bytes = chunk.length * message_->item_bytes;
   message_->for_each_run(message_->outputs, chunk, [&](char* output, Chunk part) {
     const size_t offset_bytes = (part.offset - chunk.offset) * message_->item_bytes;
     for (int peer = 0; peer < group_.size(); ++peer) {
-      sources_[static_cast<size_t>(peer)] = {share(peer) + offset_bytes, Format::storage};
+      sources_[static_cast<size_t>(peer)] = {share(peer, bytes) + offset_bytes, Format::storage};
     }
     const Target target{output, Format::storage};
     reduce(message_->reduction, {&target, 1}, sources_, part.length);

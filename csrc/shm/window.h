@@ -58,7 +58,8 @@ class Window {
   bool arrive_by_meeting();
   bool all_agree() const;
   Meeting& staged_round(uint64_t round) const;
-  char* share(int rank) const;
+  Arrival& arrival_of(int rank) const;
+  char* share(int rank, size_t bytes) const;
   char* contribution(int rank, uint64_t round, int block) const;
   char* result(int rank, uint64_t round) const { return contribution(rank, round, group_.size()); }
 
@@ -71,6 +72,7 @@ class Window {
   const Header* header_ = nullptr;
   const Message* message_ = nullptr;
   Watch* watch_ = nullptr;
+  uint64_t digest_ = 0;
   bool stopped_ = false, mismatch_ = false;
 
   // What reduce() is given: by rank, filled anew for each slice.
