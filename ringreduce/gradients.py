@@ -105,7 +105,11 @@ class GradientReducer:
         # Slots whose .grad, if any, is all ranks'; slots where it may have more of this rank alone.
         self._reduced = {slot.index for slot in self._slots if id(slot.parameter) in reduced}
         self._local = {slot.index for slot in self._slots} - self._reduced
+        self._parameters = {id(slot.parameter) for slot in self._slots}
         self._armed = False
+        self._sure = (
+            False  # that the armed backward has gradients, unless it is torch.autograd.grad
+        )
         self._callback: weakref.ref[functools.partial[None]] | None = None  # of the armed backward
         self._next = 0  # bucket to launch
         self._dirty: set[int] = set()  # buckets that got gradients after they were launched
@@ -159,7 +163,9 @@ class GradientReducer:
         found = False
         for tensor in outputs:
             if tensor.grad_fn is not None:  # a hook on a leaf would stay for ever
-                tensor.register_hook(lambda _: self._begin(sync))
+                # Its parents, not the node: that would own a hook that owns it.
+                parents = tensor.grad_fn.next_functions
+                tensor.register_hook(lambda _, parents=parents: self._begin(sync, parents))
                 found = True
         self._late = sync
         self._late_once = found
@@ -180,32 +186,43 @@ class GradientReducer:
 
     # ---- During backward, on its threads.
 
-    def _begin(self, sync: bool) -> None:
+    def _begin(self, sync: bool, parents: tuple) -> None:
+        """A backward has come to an output of forward, whose graph goes on with the nodes `parents`."""
         self.recover()
-        if self._closed or self._armed or not self._will_accumulate():
+        if self._closed or self._armed:
             return
-        if sync:
-            self._arm()
-        else:
+        if not sync:
             self._local_task = torch._C._current_graph_task_id()
+            return
+        expects = self._expects_gradients(parents)
+        if expects is not False:
+            self._arm()
+            self._sure = bool(expects)
 
-    def _will_accumulate(self) -> bool:
-        """False within torch.autograd.grad, which leaves `.grad` alone."""
-        for slot in self._slots:
-            with torch.enable_grad():
-                alias = slot.parameter.view_as(slot.parameter)
-            if alias.grad_fn is None:  # it is frozen by now
+    def _expects_gradients(self, parents: tuple) -> bool | None:
+        """Whether this backward has a gradient for some parameter; None if only inner ones may.
+
+        False within torch.autograd.grad: there the engine skips what does not lead to its inputs.
+        """
+        nodes, seen = [node for node, _ in parents], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
                 continue
-            accumulate = alias.grad_fn.next_functions[0][0]
-            if accumulate is not None and torch._C._will_engine_execute_node(accumulate):
+            if not torch._C._will_engine_execute_node(node):
+                return False
+            if id(getattr(node, "variable", None)) in self._parameters:
                 return True
-        return False
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+        return None
 
     def _begin_late(self) -> bool:
         """At a gradient in a backward that is not armed: whether it is now."""
         if not self._late or torch._C._current_graph_task_id() == self._local_task:
             return False
         self._arm()
+        self._sure = True
         return True
 
     def _arm(self) -> None:
@@ -275,6 +292,8 @@ class GradientReducer:
     def _finish(self) -> None:
         try:
             with torch.no_grad():
+                if self._sure and len(self._missing()) == len(self._slots):
+                    return  # torch.autograd.grad, with respect to parameters
                 unused = self._fill_missing()
                 self._launch_ready()
                 start_s = time.perf_counter()

@@ -183,6 +183,7 @@ def blank(shape: int | Sequence[int], dtype: Any, device: Any = None) -> Blank:
 class _Numpy:
     def __init__(self) -> None:
         self._dtypes: dict[np.dtype, int] = {}  # filled as dtypes are met
+        _core.learn_type(np.ndarray, None, None)
 
     def describe(self, x: np.ndarray, writable: bool) -> Array:
         dtype = self._dtypes.get(x.dtype)
@@ -229,11 +230,18 @@ class _Torch:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._strided = torch.strided
-        self._increment_version = torch.autograd.graph.increment_version
+        # The public function checks again what is known here, which would double a small call's cost.
+        self._increment_version = getattr(
+            torch._C, "_increment_version", torch.autograd.graph.increment_version
+        )
         self._dtypes = {
             getattr(torch, name): (index, getattr(torch, name).itemsize)
             for name, index in _core.DTYPES.items()
         }
+        table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
+        if table is not None:
+            for known in (torch.Tensor, torch.nn.Parameter):
+                _core.learn_type(known, table, self._increment_version)
 
     def describe(self, x: Any, writable: bool) -> Array:
         dtype = self._dtypes.get(x.dtype)
@@ -281,7 +289,7 @@ class _Torch:
         return self._torch.from_numpy(buffer).view(dtype).view(tuple(shape))
 
     def mark_written(self, x: Any) -> None:
-        self._increment_version(x)
+        self._increment_version([x])
 
 
 _numpy = _Numpy()

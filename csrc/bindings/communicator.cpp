@@ -12,6 +12,8 @@
 #include <optional>
 
 #include "bindings/bindings.h"
+#include "bindings/front.h"
+#include "bindings/signals.h"
 
 namespace nb = nanobind;
 
@@ -19,36 +21,6 @@ namespace ringreduce {
 namespace {
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
-
-/// Runs Python's signal handlers during a wait and keeps what they raise. Other threads than the
-/// main one have none to run.
-class Signals {
- public:
-  Interrupted asker() {
-    return [this] {
-      nb::gil_scoped_acquire gil;
-      if (PyErr_CheckSignals() == 0) return false;
-      raised_.emplace();
-      return true;
-    };
-  }
-
-  /// Calls `function` without the GIL; raises what a signal handler raised in place of the core's
-  /// error.
-  template <class Function>
-  auto guard(Function function) {
-    try {
-      nb::gil_scoped_release no_gil;
-      return function();
-    } catch (const Error& error) {
-      if (error.code() == ErrorCode::interrupted && raised_) throw std::move(*raised_);
-      throw;
-    }
-  }
-
- private:
-  std::optional<nb::python_error> raised_;
-};
 
 /// What Python holds: the communicator, and the objects whose memory operations under way use. The
 /// latter are released on Python's threads only, since the progress thread must not touch them.
@@ -240,6 +212,9 @@ void drain(PyCommunicator& self, double timeout_s) {
 }  // namespace
 
 void register_communicator(nb::module_& m) {
+  m.def("learn_type", &learn_type, nb::arg("type"), nb::arg("exchange_table").none(),
+        nb::arg("mark_written").none());
+
   nb::class_<PyWork>(m, "Work")
       .def("wait", &wait_for, nb::arg("timeout_s") = nb::none())
       .def("done", [](PyWork& self) { return self.work->done(); })
@@ -262,6 +237,10 @@ void register_communicator(nb::module_& m) {
       .def_prop_ro("sequence", [core](PyCommunicator& self) { return core(self).sequence.load(); })
       .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
            nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"))
+      .def("allreduce_plain",
+           [](PyCommunicator& self, nb::handle x, int op) {
+             return allreduce_plain(*self.communicator, x, static_cast<Op>(op));
+           })
       .def("allocate", &allocate)
       .def(
           "is_symmetric",

@@ -210,6 +210,7 @@ class Collective {
   /// "rank 0 calls A; ranks 1, 2 call B", the same text on all ranks.
   [[noreturn]] void throw_mismatch() const {
     std::string sides;
+    bool alike = false;
     std::vector<bool> told(static_cast<size_t>(core_.size), false);
     for (int rank = 0; rank < core_.size; ++rank) {
       if (told[static_cast<size_t>(rank)]) continue;
@@ -221,9 +222,11 @@ class Collective {
         told[static_cast<size_t>(peer)] = true;
         same += (others++ ? ", " : "") + std::to_string(peer);
       }
+      if (sides.find(header.describe()) != std::string::npos) alike = true;
       sides += (sides.empty() ? "" : "; ") + std::string(others > 1 ? "ranks " : "rank ") + same +
                (others > 1 ? " call " : " calls ") + header.describe();
     }
+    if (alike) sides += " with other shapes, dtypes or order of the tensors that are not shown";
     throw Error(ErrorCode::mismatch, "collective #" + std::to_string(header_.sequence) +
                                          " of communicator '" + core_.options.name +
                                          "' differs between ranks: " + sides + " (you are rank " +

@@ -1,0 +1,19 @@
+// The hot path's entry; see front.cpp.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include "bindings/signals.h"
+#include "comm/communicator.h"
+
+namespace ringreduce {
+
+/// From now on exact instances of `type` may go the short way. `exchange_table`: the type's capsule
+/// of DLPack's exchange functions, or None for the buffer protocol. `mark_written`: see KnownType.
+void learn_type(nanobind::handle type, nanobind::object exchange_table,
+                nanobind::object mark_written);
+
+/// allreduce in place, blocking. False: x is not plain, and nothing was done.
+bool allreduce_plain(Communicator& communicator, nanobind::handle x, Op op);
+
+}  // namespace ringreduce
