@@ -1,22 +1,25 @@
-// What each algorithm costs, as the textbook has it. The tuner's estimates, the simulator and the tests use
-// these formulas; the simulator holds them true, message by message.
+// What each algorithm costs, as the textbook has it. The simulator holds these formulas true,
+// message by message; what a link really costs is not known here.
 //
-// p ranks, n elements, in chunks of c. A message of m bytes takes alpha + m * beta (Hockney, "The
-// communication challenge for MPP", 1994). Rounds R = ceil(n / (p c)); chunks of half a message
-// C = ceil(n / (2 c)); height of the trees H = ceil(log2 p). With equal blocks:
+// p ranks, n elements, in chunks of c elements. Rounds R = ceil(n / (p c)), chunks of half a
+// message C = ceil(n / (2 c)), height of the trees H = ceil(log2 p). For p > 1, n > 0 and equal
+// blocks:
 //
-//                         steps              elements moved by the busiest rank
-//   one_shot              1                  (p - 1) n          fetched
-//   two_shot              2                  2 (p - 1) n / p    half fetched, half stored
-//   ring_reduce_scatter   (p - 1) R          (p - 1) n / p      sent
-//   ring_allgather        (p - 1) R          (p - 1) n / p      sent
-//   ring_allreduce        2 (p - 1) R        2 (p - 1) n / p    sent
-//   chain                 p - 2 + ceil(n/c)  n                  sent
-//   tree_allreduce        2 H + C - 1        2 n                sent (p = 2: n;  p = 3: 3 n / 2)
+//                          steps                 elements moved by the busiest rank
+//   one_shot               1                     (p - 1) n        fetched
+//   two_shot               2                     2 (p - 1) n / p  half of them fetched, half stored
+//   ring_reduce_scatter    (p - 1) R             (p - 1) n / p    sent
+//   ring_allgather         (p - 1) R             (p - 1) n / p    sent
+//   ring_allreduce         2 (p - 1) R           2 (p - 1) n / p  sent
+//   chain_reduce           p - 2 + ceil(n / c)   n                sent
+//   chain_broadcast        p - 2 + ceil(n / c)   n                sent
+//   tree_allreduce         2 H + C - 1           2 n              sent (p = 3: 3 n / 2, p = 2: n)
 //
-// A step is a message that cannot be sent before another one has come; over a window, a meeting of all
-// ranks. For p = 1 and for n = 0 everything is zero, but for the meetings of an empty message.
+// A step is a message that cannot leave before another one has come, or a meeting of all ranks. A
+// message of m bytes takes alpha + m * beta (Hockney: "The communication challenge for MPP", 1994).
 #pragma once
+
+#include <cstddef>
 
 #include "algorithms/topology.h"
 #include "base/chunk.h"
@@ -24,13 +27,13 @@
 
 namespace ringreduce {
 
-/// A link, or a rank's access to the memory of others.
+/// A link to another rank, or the access to its memory.
 struct Link {
-  double alpha_s;           // latency of a message or a meeting
+  double alpha_s;          // latency of a message, or of a meeting
   double beta_s_per_byte;  // inverse bandwidth
 };
 
-/// A number of elements on the move. Partial sums of 16-bit floats travel as float32.
+/// A number of elements on the move. Unfinished sums of 16-bit floats travel as float32.
 struct Elements {
   size_t partial = 0;  // of unfinished sums
   size_t storage = 0;  // of tensors: inputs and results
@@ -42,8 +45,8 @@ struct Elements {
 
 struct Cost {
   size_t steps = 0;
-  Elements serial;  // along the longest chain of steps: what must be moved one after the other
-  Elements moved;   // by one rank: sent; over a window, fetched from or stored to the other ranks
+  Elements serial;  // what has to be moved one after the other, on the longest chain; of all ranks
+  Elements moved;   // by this rank: sent, or else fetched from and stored to the memory of others
 
   constexpr double time_s(Link link, Dtype dtype) const {
     return static_cast<double>(steps) * link.alpha_s +
@@ -51,59 +54,106 @@ struct Cost {
   }
 };
 
-namespace cost {
+// ---- Over a window.
 
-/// ceil(count / piece)
-constexpr size_t pieces(size_t count, size_t piece) { return (count + piece - 1) / piece; }
-
-}  // namespace cost
-
-// ---- Over a window. Every rank owns one block of the message; what is claimed instead of owned comes to
-// the same sum over all ranks.
-
-/// One meeting; then every rank reads the inputs of all the others.
+/// One meeting; then every rank reads the inputs of all others.
 constexpr Cost one_shot_cost(size_t count, int size) {
   if (size == 1) return {};
   const Elements inputs{.storage = static_cast<size_t>(size - 1) * count};
   return {.steps = 1, .serial = inputs, .moved = inputs};
 }
 
-/// A meeting before and one after; between them, a rank reads its block of all other inputs and stores it
-/// to all other outputs.
+/// A meeting before and one after. Between them every rank reads its block of all other inputs, and
+/// stores the result to all other outputs. Where slices are claimed, this is true of the average
+/// rank.
 constexpr Cost two_shot_cost(const Blocks& blocks, int rank) {
-  if (blocks.size() == 1) return {};
   const size_t others = static_cast<size_t>(blocks.size() - 1);
+  if (others == 0) return {};
   return {.steps = 2,
           .serial = {.storage = 2 * others * blocks.largest()},
           .moved = {.storage = 2 * others * blocks[rank].length}};
 }
 
-// ---- On the ring. Exact for equal blocks; for others an upper bound of `steps` and `serial`, since a rank
-// does not wait for a chunk that is empty. `moved` is always exact.
+// ---- On the ring. `moved` is exact. `steps` and `serial` are so for equal blocks, and otherwise
+// bounds from above: a rank does not wait for chunks that are empty.
 
-/// In each of p - 1 steps of a round, a rank sends one chunk: of every block but its own.
+/// In every round a rank sends one chunk of each block but its own.
 constexpr Cost ring_reduce_scatter_cost(const Blocks& blocks, size_t chunk, int rank) {
-  const size_t hops = static_cast<size_t>(blocks.size() - 1);
-  if (hops == 0) return {};
-  return {.steps = hops * blocks.rounds(chunk),
-          .serial = {.partial = hops * blocks.largest()},
+  const size_t others = static_cast<size_t>(blocks.size() - 1);
+  if (others == 0) return {};
+  return {.steps = others * blocks.rounds(chunk),
+          .serial = {.partial = others * blocks.largest()},
           .moved = {.partial = blocks.count() - blocks[rank].length}};
 }
 
-/// The same, of every block but the next rank's, which that rank has.
+/// In every round a rank sends one chunk of each block but the next rank's.
 constexpr Cost ring_allgather_cost(const Blocks& blocks, size_t chunk, int rank) {
-  const size_t hops = static_cast<size_t>(blocks.size() - 1);
-  if (hops == 0) return {};
+  const size_t others = static_cast<size_t>(blocks.size() - 1);
+  if (others == 0) return {};
   const int next = Ring{rank, blocks.size()}.next().rank;
-  return {.steps = hops * blocks.rounds(chunk),
-          .serial = {.storage = hops * blocks.largest()},
+  return {.steps = others * blocks.rounds(chunk),
+          .serial = {.storage = others * blocks.largest()},
           .moved = {.storage = blocks.count() - blocks[next].length}};
 }
 
 constexpr Cost ring_allreduce_cost(const Blocks& blocks, size_t chunk, int rank) {
-  const Cost up = ring_reduce_scatter_cost(blocks, chunk, rank);
-  const Cost down = ring_allgather_cost(blocks, chunk, rank);
-  return {.steps = up.steps + down.steps,
-          .serial = {.partial = up.serial.partial, .storage = down.serial.storage},
-          .moved = {.partial = up.moved.partial, .storage = down.moved.storage}};
+  const Cost reduce_scatter = ring_reduce_scatter_cost(blocks, chunk, rank);
+  const Cost allgather = ring_allgather_cost(blocks, chunk, rank);
+  return {.steps = reduce_scatter.steps + allgather.steps,
+          .serial = {reduce_scatter.serial.partial, allgather.serial.storage},
+          .moved = {reduce_scatter.moved.partial, allgather.moved.storage}};
 }
+
+// ---- Along a chain: the ring where all of the message is the root's block. A rank has one step
+// per round, so chunks follow each other at a distance of one. Exact.
+
+/// Elements of the longest chain: a first chunk over p - 1 links, all others over the last of them.
+constexpr size_t chain_serial(size_t count, int size, size_t chunk) {
+  const size_t first = count < chunk ? count : chunk;
+  return static_cast<size_t>(size - 2) * first + count;
+}
+
+constexpr size_t chain_steps(size_t count, int size, size_t chunk) {
+  return count == 0 ? 0 : static_cast<size_t>(size - 2) + (count + chunk - 1) / chunk;
+}
+
+/// Every rank but the root sends what has come, and its own.
+constexpr Cost chain_reduce_cost(size_t count, int size, size_t chunk, int root, int rank) {
+  if (size == 1) return {};
+  return {.steps = chain_steps(count, size, chunk),
+          .serial = {.partial = chain_serial(count, size, chunk)},
+          .moved = {.partial = rank == root ? 0 : count}};
+}
+
+/// Every rank but the one before the root sends what has come.
+constexpr Cost chain_broadcast_cost(size_t count, int size, size_t chunk, int root, int rank) {
+  if (size == 1) return {};
+  return {.steps = chain_steps(count, size, chunk),
+          .serial = {.storage = chain_serial(count, size, chunk)},
+          .moved = {.storage = Ring{rank, size}.next().rank == root ? 0 : count}};
+}
+
+// ---- On the two trees.
+
+/// `steps` and `moved` are exact. `serial` is a bound from above: the first chunk climbs H links
+/// and comes down over H, being the second that its parent sends on all but the root's; of all
+/// further chunks, no rank sends more than two sums and two results.
+constexpr Cost tree_allreduce_cost(size_t count, int size, size_t chunk, int rank) {
+  if (size == 1 || count == 0) return {};
+  const DoubleTree trees{size};
+  const size_t height = static_cast<size_t>(trees.height());
+  const size_t halves[2] = {(count + 1) / 2, count / 2};
+  const size_t first = halves[0] < chunk ? halves[0] : chunk;
+  const size_t further = (size == 2 ? 1 : 2) * (halves[0] - first);
+  Cost cost{.steps = 2 * height + (halves[0] + chunk - 1) / chunk - 1,
+            .serial = {height * first + further, (2 * height - 1) * first + further},
+            .moved = {}};
+  for (int tree = 0; tree < 2; ++tree) {
+    const TreePlace place = trees.place(tree, rank);
+    if (place.parent != -1) cost.moved.partial += halves[tree];
+    cost.moved.storage += halves[tree] * static_cast<size_t>(place.num_children);
+  }
+  return cost;
+}
+
+}  // namespace ringreduce

@@ -20,7 +20,10 @@ namespace ringreduce {
 /// Symmetric tensors, in place or not: two meetings for the whole message.
 template <class Window>
 RR_HOST_DEVICE void two_shot_allreduce(Window& window) {
-  for (Chunk slice; window.next_slice(slice);) window.reduce_to_all(slice);
+  for (Chunk slice; window.next_slice(slice);) {
+    window.reduce_to_all(slice);
+    window.finish_slice();
+  }
   window.done();
 }
 

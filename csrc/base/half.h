@@ -58,8 +58,7 @@ struct bf16 {  // 1 sign bit, 8 exponent bits (bias 127), 7 fraction bits
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;  // at float32's places
   const uint32_t normal = magnitude + rebias;
-  // Infinity and NaN: all exponent bits set. A NaN becomes a quiet one, as the CPU's instruction
-  // does.
+  // Infinity and NaN: all exponent bits set. A NaN becomes quiet, as in the CPU's instruction.
   const uint32_t special = magnitude | 0x7f800000 | (magnitude > 0x0f800000 ? 0x00400000 : 0);
   // A denormal is fraction * 2^-24. With an exponent in front it reads 2^-14 + fraction * 2^-24;
   // taking 2^-14 away again is exact.
@@ -75,8 +74,7 @@ struct bf16 {  // 1 sign bit, 8 exponent bits (bias 127), 7 fraction bits
   const uint32_t magnitude = bits & 0x7fffffff;
   // As in to_bf16, with 13 bits to drop. From 65520 on, the carry makes it infinity (0x7c00).
   const uint32_t normal = (magnitude - rebias + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2^-14 the result is a multiple of 2^-24, which is the last place of 0.5: the addition
-  // rounds.
+  // Below 2^-14 the result is a multiple of 2^-24, the last place of 0.5: the addition rounds.
   const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t finite = choose(magnitude < bits_of(0x1p-14f), denormal, normal);
   const uint32_t quiet_nan = 0x7e00 | ((magnitude >> 13) & 0x03ff);

@@ -66,7 +66,7 @@ class Collective {
   void allreduce() {
     const size_t count = operands_.count();
     const Blocks blocks = Blocks::even(count, core_.size, block_granule);
-    switch (core_.tuner.choose(Kind::allreduce, count * message_.item_bytes).algorithm) {
+    switch (core_.tuner.choose(Kind::allreduce, message_bytes()).algorithm) {
       case Algorithm::one_shot:
         one_shot_allreduce(core_.window, count);
         break;
@@ -86,24 +86,44 @@ class Collective {
     }
   }
 
-  /// Symmetric where all ranks' tensors are; staged where any is not.
+  /// Symmetric where all ranks' tensors are; staged where any is not. Small messages are left to
+  /// the last to arrive, if there is one: the others, who share its core, would only be woken to
+  /// help.
   void two_shot(const Blocks& blocks) {
     publish_place();
     Staged staged(core_.window, Staged::Phases::allreduce, blocks);
-    const bool symmetric = header_.segment != 0;
-    if (!symmetric) staged.prepare_early();
-    if (!core_.window.arrive()) return;
-    int num_symmetric = 0;
-    for (int peer = 0; peer < core_.size; ++peer)
-      num_symmetric += core_.window.header_of(peer).segment != 0;
-    if (num_symmetric == core_.size) {
+    if (header_.segment == 0) staged.prepare_early();
+    const bool one_does_all = core_.group.claims() && core_.tuner.small(message_bytes());
+    const auto alone = [&] {
+      const int symmetric = num_symmetric();
+      if (symmetric == core_.size) {
+        reach_symmetric();
+        core_.window.reduce_to_all({0, operands_.count()});
+      } else if (symmetric == 0 && staged.rounds() == 1) {
+        staged.combine_alone();
+      }
+    };
+    if (!core_.window.arrive(one_does_all ? std::function<void()>(alone) : nullptr)) return;
+    const int symmetric = num_symmetric();
+    if (symmetric == core_.size) {
+      if (one_does_all) return;
       reach_symmetric();
       two_shot_allreduce(core_.window);
     } else {
-      staged.met(num_symmetric == 0);
+      staged.met(symmetric == 0, one_does_all && symmetric == 0 && staged.rounds() == 1);
       run_staged(staged);
     }
   }
+
+  int num_symmetric() const {
+    int symmetric = 0;
+    for (int peer = 0; peer < core_.size; ++peer) {
+      symmetric += core_.window.header_of(peer).segment != 0;
+    }
+    return symmetric;
+  }
+
+  size_t message_bytes() const { return operands_.count() * message_.item_bytes; }
 
   void publish_place() {
     if (call_.tensors.size() != 1 || message_.inputs.empty()) return;
@@ -119,7 +139,7 @@ class Collective {
   }
 
   void reach_symmetric() {
-    const size_t bytes = operands_.count() * message_.item_bytes;
+    const size_t bytes = message_bytes();
     for (int peer = 0; peer < core_.size; ++peer) {
       const Header header = core_.window.header_of(peer);
       const char* input = core_.arena->at(peer, {header.segment, header.input_offset}, bytes);
@@ -156,7 +176,7 @@ class Collective {
       over_wire(
           [&](ShmWire& wire, size_t chunk) { ring_reduce_scatter(wire, ring(), blocks, chunk); });
     } else {
-      staged.met(true);
+      staged.met(true, false);
       run_staged(staged);
     }
   }

@@ -12,7 +12,12 @@ constexpr size_t one_shot_bytes_claimed = size_t{2}
 // two_shot.
 constexpr size_t one_shot_largest_bytes = size_t{64} << 10;
 
+// Up to here a rank is done before others, which share its core, have woken up.
+constexpr size_t small_bytes = size_t{32} << 10;
+
 }  // namespace
+
+bool Tuner::small(size_t message_bytes) const { return message_bytes <= small_bytes; }
 
 Choice Tuner::choose(Kind kind, size_t message_bytes) const {
   if (kind != Kind::allreduce) {

@@ -24,6 +24,8 @@ class Tuner {
   Tuner(Algorithm wanted, bool claims) : wanted_(wanted), claims_(claims) {}
 
   Choice choose(Kind kind, size_t message_bytes) const;
+  /// Whether one rank reduces such a message faster than it can wake others to help.
+  bool small(size_t message_bytes) const;
   bool needs_wire() const { return wanted_ == Algorithm::ring || wanted_ == Algorithm::tree; }
 
  private:

@@ -11,6 +11,7 @@
 
 namespace ringreduce {
 
+// reduce() for one dtype and op; at least one source and one target.
 using Kernel = void(const Reduction& reduction, const Target* targets, size_t num_targets,
                     const Source* sources, size_t num_sources, size_t count);
 

@@ -122,9 +122,8 @@ struct Prod {
   static T of(T a, T b) {
     return static_cast<T>(static_cast<Wrapping<T>>(a) * static_cast<Wrapping<T>>(b));
   }
-  // The minus belongs to a factor: same bits as a difference of products, but from one the compiler
-  // would make a fused multiply-add (gcc 12 does, in spite of -ffp-contract=off), which rounds
-  // less.
+  // The minus belongs to a factor: the same bits as a difference of products, but that one gcc 12
+  // turns into a fused multiply-add on some CPUs, in spite of -ffp-contract=off.
   template <class T>
   static Complex<T> of(Complex<T> a, Complex<T> b) {
     return {a.real * b.real + a.imaginary * -b.imaginary,
@@ -218,7 +217,8 @@ template <class Finish>
 using Loop = void(void* const* to, const void* first, const void* const* rest, size_t count,
                   Finish finish);
 
-// Sources of one loop after the first. For sums of up to eight ranks one pass is enough.
+// Sources of one loop after the first. Sums of up to eight ranks take one pass; what is rarer may
+// take more, and compiles faster.
 template <class Operation>
 constexpr int max_rest = std::is_same_v<Operation, Sum> ? 7 : 3;
 
@@ -346,8 +346,8 @@ template <class T, bool into_one, class Finish,
 struct Streams;
 template <class T, bool into_one, class Finish, int... n>
 struct Streams<T, into_one, Finish, std::integer_sequence<int, n...>> {
-  static constexpr Loop<Finish>* loop[] = {combine < Sum, n, into_one ? 1 : n + 1, T, T, T,
-                                           Finish > ...};
+  static constexpr Loop<Finish>* loop[] = {
+      combine<Sum, n, (into_one ? 1 : n + 1), T, T, T, Finish>...};
 };
 
 template <class T, class Finish>

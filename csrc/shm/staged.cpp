@@ -62,6 +62,7 @@ bool Staged::wait_prepared(size_t round) {
 
 void Staged::combine(size_t round) {
   if (!wait_prepared(round) || !reduces()) return;
+  if (round == 0 && first_round_combined_) return;
   if (window_.group_.claims()) {
     combine_claimed(round);
   } else {
@@ -92,25 +93,32 @@ void Staged::combine_owned(size_t round) {
   });
 }
 
-/// Takes blocks of the round until none is left; the result goes to the staging of the block's
-/// rank.
+/// Takes blocks of the round until none is left.
 void Staged::combine_claimed(size_t round) {
-  const Group& group = window_.group_;
   Meeting& here = meeting(round);
-  const auto blocks = static_cast<uint64_t>(group.size());
-  std::vector<Source>& sources = window_.sources_;
+  const auto blocks = static_cast<uint64_t>(window_.group_.size());
   for (uint64_t claim; (claim = here.claimed.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
-    const int block = static_cast<int>(claim);
-    for (int peer = 0; peer < group.size(); ++peer) {
-      sources[static_cast<size_t>(peer)] = {window_.contribution(peer, slot(round), block),
-                                            Format::storage};
-    }
-    const Target target{window_.result(block, slot(round)), Format::storage};
-    reduce(window_.message_->reduction, {&target, 1}, sources, part(block, round).length);
+    combine_block(static_cast<int>(claim), round);
     if (here.completed.fetch_add(1, std::memory_order_acq_rel) + 1 == blocks) {
       here.done.publish(slot(round) + 1);
     }
   }
+}
+
+void Staged::combine_alone() {
+  for (int block = 0; block < window_.group_.size(); ++block) combine_block(block, 0);
+  meeting(0).done.publish(slot(0) + 1);
+}
+
+/// From the staging of all ranks to the result area in the staging of the block's rank.
+void Staged::combine_block(int block, size_t round) {
+  std::vector<Source>& sources = window_.sources_;
+  for (int peer = 0; peer < window_.group_.size(); ++peer) {
+    sources[static_cast<size_t>(peer)] = {window_.contribution(peer, slot(round), block),
+                                          Format::storage};
+  }
+  const Target target{window_.result(block, slot(round)), Format::storage};
+  reduce(window_.message_->reduction, {&target, 1}, sources, part(block, round).length);
 }
 
 /// Fetches the finished blocks that this rank wants and does not have.

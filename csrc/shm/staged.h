@@ -24,7 +24,14 @@ class Staged {
   /// Round 0 may be prepared before the ranks meet, since that touches nothing but this rank's
   /// staging. Then their arrival says that it is done, if `all_did` so.
   void prepare_early();
-  void met(bool all_did) { first_round_met_ = all_did; }
+  /// `combined`: and whether combine_alone() has been called.
+  void met(bool all_did, bool combined) {
+    first_round_met_ = all_did;
+    first_round_combined_ = combined;
+  }
+
+  /// All of round 0 by one rank, while the others wait to go on: nothing is left but to collect.
+  void combine_alone();
 
   void prepare(size_t round);
   void combine(size_t round);
@@ -42,12 +49,13 @@ class Staged {
   bool wait_prepared(size_t round);
   void combine_owned(size_t round);
   void combine_claimed(size_t round);
+  void combine_block(int block, size_t round);
 
   Window& window_;
   Phases phases_;
   Blocks blocks_;
   size_t chunk_, rounds_;
-  bool early_ = false, first_round_met_ = false;
+  bool early_ = false, first_round_met_ = false, first_round_combined_ = false;
 };
 
 }  // namespace ringreduce

@@ -57,13 +57,13 @@ Arrival& Window::arrival_of(int rank) const {
   return group_.control(rank).arrivals[header_->sequence & 1];
 }
 
-bool Window::arrive() {
+bool Window::arrive(const std::function<void()>& alone) {
   Arrival& own = arrival_of(group_.rank());
   digest_ = header_->digest();
   group_.own().headers[header_->sequence & 1].store(*header_);
   own.digest.store(digest_, std::memory_order_relaxed);
   own.flag.publish(header_->sequence);
-  const bool met = group_.claims() ? arrive_by_meeting() : arrive_by_flags();
+  const bool met = group_.claims() ? arrive_by_meeting(alone) : arrive_by_flags();
   return met && !mismatch_;
 }
 
@@ -78,14 +78,16 @@ bool Window::arrive_by_flags() {
 /// The last to arrive compares for all. It resets the counters of the previous collective, which
 /// nobody uses any more: all have left it, since all are here. `go` carries that to them (release,
 /// acquire).
-bool Window::arrive_by_meeting() {
+bool Window::arrive_by_meeting(const std::function<void()>& alone) {
   GroupControl& shared = group_.shared();
   Meeting& arrival = shared.arrival;
   const auto ranks = static_cast<uint32_t>(group_.size());
   if (arrival.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == ranks) {
     arrival.reset();
     staged_round(next_round_).reset();
-    shared.mismatch.store(all_agree() ? verdict_go : verdict_mismatch, std::memory_order_relaxed);
+    const bool agreed = all_agree();
+    shared.mismatch.store(agreed ? verdict_go : verdict_mismatch, std::memory_order_relaxed);
+    if (agreed && alone) alone();
     arrival.go.publish(header_->sequence);
   } else if (!wait_for(arrival.go, header_->sequence)) {
     return false;
@@ -161,6 +163,10 @@ void Window::reduce_to_all(Chunk slice) {
     targets_[peer] = {symmetric_outputs_[peer] + offset_bytes, Format::storage};
   }
   reduce(message_->reduction, targets_, sources_, slice.length);
+}
+
+/// After each slice.
+void Window::finish_slice() {
   if (!group_.claims()) return;
   // Who finishes the last slice has, through this counter, acquired all the others' stores.
   Meeting& arrival = group_.shared().arrival;

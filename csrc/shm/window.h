@@ -8,6 +8,7 @@
 // runs takes the next slice, and who finishes the last one publishes "done".
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "base/chunk.h"
@@ -33,7 +34,9 @@ class Window {
   /// Publishes the header, waits for those of all ranks and compares them. False: they differ
   /// (mismatch()), or the wait was stopped; then nothing of any peer's tensors was touched, and
   /// every call here does nothing.
-  bool arrive();
+  /// `alone`, if given, is run by the last to arrive before any other rank may go on; where no rank
+  /// is the last, since each has a core and watches all others, by none.
+  bool arrive(const std::function<void()>& alone = {});
   bool mismatch() const { return mismatch_; }
   bool stopped() const { return stopped_; }
   /// After arrive: what a rank said. Valid until this rank arrives at the next collective.
@@ -49,13 +52,14 @@ class Window {
   void begin_symmetric(size_t count);
   bool next_slice(Chunk& slice);
   void reduce_to_all(Chunk slice);
+  void finish_slice();
   void done();
 
  private:
   friend class Staged;
   bool wait_for(Flag& flag, uint64_t value);
   bool arrive_by_flags();
-  bool arrive_by_meeting();
+  bool arrive_by_meeting(const std::function<void()>& alone);
   bool all_agree() const;
   Meeting& staged_round(uint64_t round) const;
   Arrival& arrival_of(int rank) const;
