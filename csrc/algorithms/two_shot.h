@@ -20,10 +20,7 @@ namespace ringreduce {
 /// Symmetric tensors, in place or not: two meetings for the whole message.
 template <class Window>
 RR_HOST_DEVICE void two_shot_allreduce(Window& window) {
-  for (Chunk slice; window.next_slice(slice);) {
-    window.reduce_to_all(slice);
-    window.finish_slice();
-  }
+  for (Chunk slice; window.next_slice(slice);) window.reduce_to_all(slice);
   window.done();
 }
 

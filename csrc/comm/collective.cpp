@@ -98,7 +98,7 @@ class Collective {
       const int symmetric = num_symmetric();
       if (symmetric == core_.size) {
         reach_symmetric();
-        core_.window.reduce_to_all({0, operands_.count()});
+        core_.window.reduce_alone(operands_.count());
       } else if (symmetric == 0 && staged.rounds() == 1) {
         staged.combine_alone();
       }

@@ -156,7 +156,7 @@ bool Window::next_slice(Chunk& slice) {
   return !slice.empty();
 }
 
-void Window::reduce_to_all(Chunk slice) {
+void Window::reduce_slice(Chunk slice) {
   const size_t offset_bytes = slice.offset * message_->item_bytes;
   for (size_t peer = 0; peer < sources_.size(); ++peer) {
     sources_[peer] = {symmetric_inputs_[peer] + offset_bytes, Format::storage};
@@ -165,8 +165,8 @@ void Window::reduce_to_all(Chunk slice) {
   reduce(message_->reduction, targets_, sources_, slice.length);
 }
 
-/// After each slice.
-void Window::finish_slice() {
+void Window::reduce_to_all(Chunk slice) {
+  reduce_slice(slice);
   if (!group_.claims()) return;
   // Who finishes the last slice has, through this counter, acquired all the others' stores.
   Meeting& arrival = group_.shared().arrival;

@@ -52,8 +52,9 @@ class Window {
   void begin_symmetric(size_t count);
   bool next_slice(Chunk& slice);
   void reduce_to_all(Chunk slice);
-  void finish_slice();
   void done();
+  /// Instead of these three, by the last to arrive: the whole message.
+  void reduce_alone(size_t count) { reduce_slice({0, count}); }
 
  private:
   friend class Staged;
@@ -61,6 +62,7 @@ class Window {
   bool arrive_by_flags();
   bool arrive_by_meeting(const std::function<void()>& alone);
   bool all_agree() const;
+  void reduce_slice(Chunk slice);
   Meeting& staged_round(uint64_t round) const;
   Arrival& arrival_of(int rank) const;
   char* share(int rank, size_t bytes) const;
