@@ -107,9 +107,6 @@ class GradientReducer:
         self._local = {slot.index for slot in self._slots} - self._reduced
         self._parameters = {id(slot.parameter) for slot in self._slots}
         self._armed = False
-        self._sure = (
-            False  # that the armed backward has gradients, unless it is torch.autograd.grad
-        )
         self._callback: weakref.ref[functools.partial[None]] | None = None  # of the armed backward
         self._next = 0  # bucket to launch
         self._dirty: set[int] = set()  # buckets that got gradients after they were launched
@@ -187,42 +184,42 @@ class GradientReducer:
     # ---- During backward, on its threads.
 
     def _begin(self, sync: bool, parents: tuple) -> None:
-        """A backward has come to an output of forward, whose graph goes on with the nodes `parents`."""
+        """A backward has come to an output of forward, whose graph goes on with `parents`."""
         self.recover()
         if self._closed or self._armed:
             return
         if not sync:
             self._local_task = torch._C._current_graph_task_id()
             return
-        expects = self._expects_gradients(parents)
-        if expects is not False:
+        if self._accumulates(parents):
             self._arm()
-            self._sure = bool(expects)
 
-    def _expects_gradients(self, parents: tuple) -> bool | None:
-        """Whether this backward has a gradient for some parameter; None if only inner ones may.
+    def _accumulates(self, parents: tuple) -> bool:
+        """False within torch.autograd.grad: there the engine skips what is not for its inputs.
 
-        False within torch.autograd.grad: there the engine skips what does not lead to its inputs.
+        Looks at the graph until it comes to a parameter: near, unless all are in checkpoints.
         """
         nodes, seen = [node for node, _ in parents], set()
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
                 continue
-            if not torch._C._will_engine_execute_node(node):
+            try:
+                if not torch._C._will_engine_execute_node(node):
+                    return False
+            except RuntimeError:  # a parameter itself is such an input
                 return False
             if id(getattr(node, "variable", None)) in self._parameters:
                 return True
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
-        return None
+        return True
 
     def _begin_late(self) -> bool:
         """At a gradient in a backward that is not armed: whether it is now."""
         if not self._late or torch._C._current_graph_task_id() == self._local_task:
             return False
         self._arm()
-        self._sure = True
         return True
 
     def _arm(self) -> None:
@@ -292,8 +289,6 @@ class GradientReducer:
     def _finish(self) -> None:
         try:
             with torch.no_grad():
-                if self._sure and len(self._missing()) == len(self._slots):
-                    return  # torch.autograd.grad, with respect to parameters
                 unused = self._fill_missing()
                 self._launch_ready()
                 start_s = time.perf_counter()
@@ -302,7 +297,7 @@ class GradientReducer:
                 self._before_publishing()
                 self._totals.wait_s += time.perf_counter() - start_s
                 self._totals.backwards += 1
-                self._publish(unused)
+                self._publish()
         finally:
             self._armed = False
             self._late = self._late and not self._late_once
@@ -366,12 +361,10 @@ class GradientReducer:
                 self.comm.allreduce_(run.flat, self._op)
                 self._totals.bytes += self.plan[run.index].size_bytes
 
-    def _publish(self, unused: set[int]) -> None:
+    def _publish(self) -> None:
         """What no rank has used keeps its `.grad`, None or not."""
         for slot, used in zip(self._slots, self._flags, strict=False):
             if used:
-                if not self._average and slot.index in unused and slot.parameter.grad is not None:
-                    slot.view.add_(slot.parameter.grad)
                 slot.publish()
                 self._reduced.add(slot.index)
         self._local.clear()

@@ -84,6 +84,14 @@ def from_environment(comm: MPI.Intracomm | Bootstrap | None, timeout_s: float) -
     return SelfBootstrap()
 
 
+def limit_threads(threads: int) -> None:
+    """Lets torch use so many threads in this process, whether it is imported already or later."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # what its OpenMP reads when it is loaded
+
+
 def _number(environment: Mapping[str, str], variable: str) -> int:
     text = environment.get(variable, "")
     return int(text) if text.isdecimal() else 0

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ from ringreduce import ending, settings
 from ringreduce.bootstrap import Bootstrap
 from ringreduce.communicator import Communicator
 from ringreduce.errors import RingReduceError
+from ringreduce.launch import limit_threads
 from ringreduce.settings import Settings
 
 Result = TypeVar("Result")
@@ -94,10 +94,12 @@ class _Failures:
     def add(self, at_s: float, rank: int, error: BaseException, stack: str) -> None:
         self._all.append((at_s, rank, error, stack))
 
-    def raise_first(self) -> None:
-        if self._all:
-            _, rank, error, stack = min(self._all, key=lambda failure: failure[:2])
-            raise error from RankTraceback(f"in rank {rank}\n{stack}")
+    def first(self) -> BaseException | None:
+        if not self._all:
+            return None
+        _, rank, error, stack = min(self._all, key=lambda failure: failure[:2])
+        error.__cause__ = RankTraceback(f"in rank {rank}\n{stack}")
+        return error
 
 
 def _run_rank(
@@ -150,9 +152,7 @@ def run_threads(
                 meeting.leave(rank)
                 ending.abort_all(bootstraps[rank], f"rank {rank} ran longer than {timeout_s:g} s")
         _join(threads, GRACE_S)
-    if late:
-        raise TimeoutError(f"ranks {late} of {n} still ran after {timeout_s:g} s\n{stacks}")
-    failures.raise_first()
+    _raise_if_failed(failures, late, timeout_s, stacks)
     return results
 
 
@@ -193,10 +193,7 @@ def run_forks(
         for child in children:
             child.end(GRACE_S if child.ended else 0.0)
             meeting.leave(child.rank)
-    if late:
-        ranks = [child.rank for child in late]
-        raise TimeoutError(f"ranks {ranks} of {n} still ran after {timeout_s:g} s\n{stacks}")
-    failures.raise_first()
+    _raise_if_failed(failures, [child.rank for child in late], timeout_s, stacks)
     for child in children:
         code = child.process.exitcode or 0
         if (child.rank in killed) != (code < 0) or code > 0 or not (code or child.done):
@@ -238,7 +235,9 @@ class _Child:
                     self.result, self.done = pickle.loads(content), True
                 else:
                     failures.add(*pickle.loads(content))
-        except (EOFError, OSError):  # it ended, or died while it was answered
+        except (EOFError, OSError):
+            pass  # it ended, or died while it was answered
+        finally:
             self.ended = True
             meeting.leave(self.rank)
 
@@ -287,8 +286,7 @@ def _child_main(
         return
     # Shows the stacks of all threads, then does what the signal does: ends the process.
     faulthandler.register(signal.SIGUSR1, file=stacks, chain=True)
-    if "torch" in sys.modules:  # its OpenMP threads did not survive the fork
-        sys.modules["torch"].set_num_threads(1)
+    limit_threads(1)  # OpenMP's other threads, if there were any, did not survive the fork
 
     def meet(number: int, rank: int, message: bytes) -> list[bytes]:
         connection.send_bytes(b"X" + number.to_bytes(8, "little") + message)
@@ -306,6 +304,14 @@ def _child_main(
     result = _run_rank(lambda comm: pickle.dumps(fn(comm)), bootstrap, report)
     if result is not None:
         connection.send_bytes(b"R" + result)
+
+
+def _raise_if_failed(failures: _Failures, late: list[int], timeout_s: float, stacks: str) -> None:
+    error = failures.first()
+    if late:
+        raise TimeoutError(f"ranks {late} still ran after {timeout_s:g} s\n{stacks}") from error
+    if error is not None:
+        raise error
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from ringreduce import ending, settings
 from ringreduce.bootstrap import Bootstrap, MpiBootstrap
 from ringreduce.communicator import Communicator
 from ringreduce.errors import CollectiveTimeout, NotInitialized, RingReduceError
-from ringreduce.launch import from_environment
+from ringreduce.launch import from_environment, limit_threads
 from ringreduce.settings import Settings
 
 if TYPE_CHECKING:
@@ -148,9 +147,7 @@ def _open(comm: MPI.Intracomm | Bootstrap | None, given: dict[str, Any]) -> None
         raise
     _set_up_log(bootstrap)
     core = bootstrap.open_core("world")
-    threads = _limit_torch_threads(core.window_info()["cores"], core.local_size)
-    if threads and core.rank == 0:
-        _log.info("%d threads a rank for torch: OMP_NUM_THREADS is not set", threads)
+    _share_cores(core.window_info()["cores"], core.local_rank, core.local_size)
     _World.bootstrap = bootstrap
     _World.closed = False
     _World.communicator = Communicator(core, bootstrap)
@@ -209,16 +206,11 @@ def _set_up_log(bootstrap: Bootstrap) -> None:
         _log.addHandler(handler)
 
 
-def _limit_torch_threads(cores: int, local_size: int) -> int | None:
-    """Shares the cores between the ranks: mpirun sets no thread count, so each would take all.
-
-    Returns the number of threads, or None where the user, or nobody, has to choose it.
-    """
+def _share_cores(cores: int, local_rank: int, local_size: int) -> None:
+    """Gives each rank its part of the node: mpirun sets no number of threads, so each takes all."""
     if local_size == 1 or "OMP_NUM_THREADS" in os.environ:
-        return None
+        return
     threads = max(1, cores // local_size)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
-    else:  # read by torch's OpenMP when it is imported later
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    return threads
+    limit_threads(threads)
+    if local_rank == 0:
+        _log.info("%d threads a rank for torch: OMP_NUM_THREADS is not set", threads)

@@ -6,6 +6,7 @@ printed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -34,7 +36,7 @@ END_S = 2.0  # the last rank may end this much later than mpirun
 SITE_CUSTOMIZE = """
 import faulthandler, os
 faulthandler.enable()
-faulthandler.dump_traceback_later(float(os.environ["STACKS_AFTER_S"]), exit=True)
+faulthandler.dump_traceback_later(float(os.environ["STACKS_AFTER_S"]))
 """
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -103,62 +105,61 @@ def mpirun(launcher: str, mpi_name: str, tmp_path: Path) -> Mpirun:
 def run_to_end(
     command: Sequence[str], environment: dict[str, str], timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a session of its own, of which nothing is left afterwards."""
+    """Runs a command, of which nothing is left afterwards."""
+    mark = f"TEST_JOB={uuid.uuid4()}"
     process = subprocess.Popen(
         command,
-        env=environment,
+        env=environment | dict([mark.split("=")]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
+        start_new_session=True,  # Ctrl-C is ours to handle
     )
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        kill_session(process.pid)
+        kill_job(mark)
         output, errors = process.communicate()
         pytest.fail(
             f"{' '.join(command)} ran longer than {timeout_s:g} s\n"
             f"--- stdout\n{output}\n--- stderr\n{errors}"
         )
     except BaseException:  # Ctrl-C
-        kill_session(process.pid)
+        kill_job(mark)
         process.wait()
         raise
     limit = time.monotonic() + END_S
-    while any(processes_of_session(process.pid)) and time.monotonic() < limit:
+    while any(processes_of_job(mark)) and time.monotonic() < limit:
         time.sleep(0.01)
-    left = kill_session(process.pid)
+    left = kill_job(mark)
     if left:
         pytest.fail(f"{' '.join(command)} left {left}\n--- stdout\n{output}\n--- stderr\n{errors}")
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def kill_session(session: int) -> list[str]:
-    """Kills all processes of a session: each rank is a process group. Returns what it met."""
+def kill_job(mark: str) -> list[str]:
+    """Kills all processes of a job. Returns what it met."""
     met: list[str] = []
-    while found := list(processes_of_session(session)):
+    while found := list(processes_of_job(mark)):
         for pid, name in found:
             met.append(f"{name} ({pid})")
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.01)
     return met
 
 
-def processes_of_session(session: int) -> Iterator[tuple[int, str]]:
-    """Pid and name of each process of a session that is not a zombie."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = path.read_text()
-        except OSError:  # it has ended
-            continue
-        name, fields = text[text.index("(") + 1 : text.rindex(")")], text.rsplit(")", 1)[1].split()
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            yield int(path.parent.name), name
+def processes_of_job(mark: str) -> Iterator[tuple[int, str]]:
+    """Pid and name of each process that inherited the mark in its environment.
+
+    Launchers put ranks into process groups and sessions of their own, so neither tells. The
+    environment of a zombie is empty.
+    """
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if mark.encode() in (path / "environ").read_bytes().split(b"\0"):
+                yield int(path.name), (path / "comm").read_text().strip()
 
 
 @pytest.fixture(scope="session", params=["threads", "forks"])

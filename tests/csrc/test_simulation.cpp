@@ -1,0 +1,508 @@
+// Runs every algorithm on virtual ranks, 1 to 64 of them: results exactly, the same bits on all
+// ranks whatever the timing, no deadlock with two slots per FIFO, and steps, bytes and times
+// against cost.h. Prints what differs; exits with 1 if anything did.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "algorithms/cost.h"
+#include "algorithms/one_shot.h"
+#include "algorithms/ring.h"
+#include "algorithms/tree.h"
+#include "base/half.h"
+#include "sim/simulate.h"
+#include "sim/window.h"
+#include "sim/wire.h"
+
+namespace ringreduce::sim {
+namespace {
+
+int num_failures = 0;
+
+void check(bool condition, const std::string& what) {
+  if (!condition && ++num_failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+constexpr Algorithm all_algorithms[] = {
+    Algorithm::ring_allreduce,   Algorithm::ring_reduce_scatter,
+    Algorithm::ring_allgather,   Algorithm::tree_allreduce,
+    Algorithm::one_shot,         Algorithm::two_shot,
+    Algorithm::staged_allreduce, Algorithm::staged_reduce_scatter,
+    Algorithm::staged_allgather,
+};
+constexpr Algorithm allreduces[] = {
+    Algorithm::ring_allreduce, Algorithm::tree_allreduce,   Algorithm::one_shot,
+    Algorithm::two_shot,       Algorithm::staged_allreduce,
+};
+
+bool is_one_of(Algorithm algorithm, std::initializer_list<Algorithm> algorithms) {
+  return std::find(algorithms.begin(), algorithms.end(), algorithm) != algorithms.end();
+}
+bool on_wires(Algorithm algorithm) { return algorithm <= Algorithm::tree_allreduce; }
+bool is_staged(Algorithm algorithm) { return algorithm >= Algorithm::staged_allreduce; }
+bool scatters(Algorithm algorithm) {
+  return is_one_of(algorithm, {Algorithm::ring_reduce_scatter, Algorithm::staged_reduce_scatter});
+}
+bool gathers(Algorithm algorithm) {
+  return is_one_of(algorithm, {Algorithm::ring_allgather, Algorithm::staged_allgather});
+}
+
+/// The elements of one kind of test: what goes in, and what must come out.
+struct Int64 {
+  using Type = int64_t;
+  static constexpr Dtype dtype = Dtype::i64;
+  static constexpr Op op = Op::sum;
+  static Type input(int rank, size_t index) {
+    return static_cast<Type>((index * 7 + static_cast<size_t>(rank) * 13) % 1009) - 500;
+  }
+  static Type reduced(int size, size_t index) {
+    Type sum = 0;
+    for (int rank = 0; rank < size; ++rank) sum += input(rank, index);
+    return sum;
+  }
+};
+
+/// The average is not exact, but the sum before the one division is.
+struct Average {
+  using Type = float;
+  static constexpr Dtype dtype = Dtype::f32;
+  static constexpr Op op = Op::avg;
+  static Type input(int rank, size_t index) {
+    return static_cast<Type>(Int64::input(rank, index)) / 8;
+  }
+  static Type reduced(int size, size_t index) {
+    return static_cast<Type>(Int64::reduced(size, index)) / 8 / static_cast<Type>(size);
+  }
+};
+
+/// One rank gives 256, the others 1. A bfloat16 in between would lose every 1; float32 loses none.
+struct Bfloat16 {
+  struct Type {
+    uint16_t bits;
+    bool operator==(const Type&) const = default;
+  };
+  static constexpr Dtype dtype = Dtype::bf16;
+  static constexpr Op op = Op::sum;
+  static Type of(int value) { return {to_bf16(static_cast<float>(value)).bits}; }
+  static Type input(int rank, size_t index) {
+    return of(rank == static_cast<int>(index % 3) ? 256 : 1);
+  }
+  static Type reduced(int size, size_t index) {
+    return of(static_cast<int>(index % 3) < size ? 255 + size : size);
+  }
+};
+
+/// Random bits of ordinary numbers: any other order of addition gives other sums.
+struct RandomFloat {
+  using Type = float;
+  static constexpr Dtype dtype = Dtype::f32;
+  static constexpr Op op = Op::sum;
+  static Type input(int rank, size_t index) {
+    Random random(static_cast<uint64_t>(rank) << 32 | index);
+    return static_cast<float>((random.unit() - 0.5) *
+                              std::exp2(static_cast<double>(random.below(20))));
+  }
+};
+
+/// A case: the call, and the machine that it runs on.
+struct Case {
+  Algorithm algorithm;
+  Blocks blocks;
+  size_t chunk;
+  Machine machine = {};
+  bool in_place = false;
+  size_t lead = 1;
+
+  int size() const { return blocks.size(); }
+  std::string name() const {
+    return std::string(algorithm_names[static_cast<int>(algorithm)]) + " of " +
+           std::to_string(blocks.count()) + " elements by " + std::to_string(size()) +
+           " in chunks of " + std::to_string(chunk) + (machine.claims ? ", claimed" : "") +
+           (in_place ? ", in place" : "") + ", seed " + std::to_string(machine.seed);
+  }
+};
+
+template <class Element>
+using Tensors = std::vector<typename Element::Type>;  // of all ranks, one after the other
+
+template <class Element>
+Outcome run(const Case& test, Tensors<Element>& outputs) {
+  const size_t count = test.blocks.count();
+  Tensors<Element> inputs(count * static_cast<size_t>(test.size()));
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    inputs[i] = Element::input(static_cast<int>(i / count), i % count);
+  }
+  outputs = test.in_place ? inputs : Tensors<Element>(inputs.size());
+  const auto* input_bytes = reinterpret_cast<const char*>(inputs.data());
+  auto* output_bytes = reinterpret_cast<char*>(outputs.data());
+  const Problem problem{{Element::dtype, Element::op, test.size()}, test.blocks,  test.chunk,
+                        test.in_place ? output_bytes : input_bytes, output_bytes, test.lead};
+  Outcome outcome = simulate(test.algorithm, problem, test.machine);
+  check(outcome.failure.empty(), test.name() + ": " + outcome.failure);
+  return outcome;
+}
+
+template <class Element>
+void check_results(const Case& test, const Tensors<Element>& outputs) {
+  const size_t count = test.blocks.count();
+  for (int rank = 0; rank < test.size(); ++rank) {
+    for (int owner = 0; owner < test.size(); ++owner) {
+      if (scatters(test.algorithm) && owner != rank) continue;
+      const Chunk block = test.blocks[owner];
+      for (size_t i = block.offset; i < block.end(); ++i) {
+        const auto expected =
+            gathers(test.algorithm) ? Element::input(owner, i) : Element::reduced(test.size(), i);
+        if (outputs[static_cast<size_t>(rank) * count + i] == expected) continue;
+        check(false, test.name() + ": element " + std::to_string(i) + " of rank " +
+                         std::to_string(rank) + " is wrong");
+        return;
+      }
+    }
+  }
+}
+
+Cost cost_of(const Case& test, int rank) {
+  const size_t count = test.blocks.count();
+  switch (test.algorithm) {
+    case Algorithm::ring_allreduce:
+      return ring_allreduce_cost(test.blocks, test.chunk, rank);
+    case Algorithm::ring_reduce_scatter:
+      return ring_reduce_scatter_cost(test.blocks, test.chunk, rank);
+    case Algorithm::ring_allgather:
+      return ring_allgather_cost(test.blocks, test.chunk, rank);
+    case Algorithm::tree_allreduce:
+      return tree_allreduce_cost(count, test.size(), test.chunk, rank);
+    case Algorithm::one_shot:
+      return one_shot_cost(count, test.size());
+    default:
+      return two_shot_cost(test.blocks, rank);
+  }
+}
+
+/// Where the formulas for the ring are exact: no block runs out of chunks before the last round.
+bool blocks_last(const Case& test) {
+  for (int rank = 0; rank < test.size(); ++rank) {
+    if (test.blocks[rank].length <= (test.blocks.rounds(test.chunk) - 1) * test.chunk) return false;
+  }
+  return true;
+}
+
+/// What every rank moves is exactly what cost.h says; where slices are claimed, the sum over all
+/// ranks is.
+void check_bytes(const Case& test, const Outcome& outcome, Dtype dtype) {
+  size_t sent = 0, received = 0, moved = 0;
+  for (int rank = 0; rank < test.size(); ++rank) {
+    const Counts& counts = outcome.ranks[static_cast<size_t>(rank)];
+    const size_t expected = cost_of(test, rank).moved.bytes(dtype);
+    const size_t actual =
+        on_wires(test.algorithm) ? counts.bytes_sent : counts.bytes_sent + counts.bytes_received;
+    if (!test.machine.claims) {
+      check(actual == expected, test.name() + ": rank " + std::to_string(rank) + " moves " +
+                                    std::to_string(actual) + " bytes, not " +
+                                    std::to_string(expected));
+    }
+    sent += counts.bytes_sent;
+    received += counts.bytes_received;
+    moved += expected;
+  }
+  check(on_wires(test.algorithm) ? sent == received : sent + received == moved,
+        test.name() + ": bytes went astray");
+}
+
+/// With alpha = 1 and beta = 0 the time is the number of steps.
+void check_steps(const Case& test, const Outcome& outcome) {
+  const auto steps = static_cast<double>(cost_of(test, 0).steps);
+  const bool exact =
+      !is_one_of(test.algorithm, {Algorithm::ring_allreduce, Algorithm::ring_reduce_scatter,
+                                  Algorithm::ring_allgather}) ||
+      test.size() == 1 || blocks_last(test);
+  check(exact ? outcome.finish_s == steps : outcome.finish_s <= steps,
+        test.name() + ": " + std::to_string(outcome.finish_s) + " steps, not " +
+            std::to_string(steps));
+}
+
+template <class Element>
+void run_and_check(const Case& test) {
+  Tensors<Element> outputs;
+  const Outcome outcome = run<Element>(test, outputs);
+  check_results<Element>(test, outputs);
+  if (is_staged(test.algorithm)) return;
+  check_bytes(test, outcome, Element::dtype);
+  check_steps(test, outcome);
+}
+
+/// Around the number of ranks, around the chunk, and primes.
+std::set<size_t> odd_counts(int size, size_t chunk) {
+  const size_t ranks = static_cast<size_t>(size);
+  return {0, 1, ranks - 1, ranks, ranks + 1, chunk - 1, chunk, chunk + 1, 97, 251};
+}
+
+void test_results_and_costs() {
+  for (int size = 1; size <= 64; ++size) {
+    const size_t chunk = 4 + static_cast<size_t>(size) % 5;
+    for (const size_t count : odd_counts(size, chunk)) {
+      for (const Algorithm algorithm : all_algorithms) {
+        Case test{algorithm, Blocks::even(count, size), chunk};
+        run_and_check<Int64>(test);
+        if (size <= 8 && !gathers(algorithm)) run_and_check<Average>(test);
+        test.in_place = true;
+        test.machine.order = Order::random;
+        test.machine.claims = !on_wires(algorithm);
+        run_and_check<Bfloat16>(test);
+      }
+    }
+  }
+}
+
+/// Blocks of any lengths, as allgather and reduce_scatter have them; and all in one block: chains.
+void test_uneven_blocks() {
+  for (int size = 2; size <= 64; size += 3) {
+    std::vector<size_t> offsets{0};
+    for (int rank = 0; rank < size; ++rank)
+      offsets.push_back(offsets.back() + static_cast<size_t>(rank * 5 % 7));
+    for (const Algorithm algorithm : all_algorithms) {
+      run_and_check<Int64>({algorithm, Blocks::table(offsets.data(), size), 2});
+    }
+    for (const size_t count : {0, 1, 7, 8, 9, 61}) {
+      const int root = size / 2;
+      const Blocks blocks = Blocks::single(count, size, root);
+      for (const Algorithm algorithm :
+           {Algorithm::ring_reduce_scatter, Algorithm::ring_allgather}) {
+        Case test{algorithm, blocks, 8};
+        test.machine.link = {1, 0.25};
+        Tensors<Int64> outputs;
+        const Outcome outcome = run<Int64>(test, outputs);
+        check_results<Int64>(test, outputs);
+        for (int rank = 0; rank < size; ++rank) {
+          const Cost cost = algorithm == Algorithm::ring_allgather
+                                ? chain_broadcast_cost(count, size, 8, root, rank)
+                                : chain_reduce_cost(count, size, 8, root, rank);
+          check(outcome.ranks[static_cast<size_t>(rank)].bytes_sent == cost.moved.bytes(Dtype::i64),
+                test.name() + ": bytes of a chain");
+          check(outcome.finish_s == cost.time_s(test.machine.link, Dtype::i64),
+                test.name() + ": time of a chain");
+        }
+      }
+    }
+  }
+}
+
+/// Under alpha and beta: exact for equal blocks; the tree stays below its bound, and near it.
+void test_times() {
+  for (int size = 2; size <= 64; ++size) {
+    for (const Link link : {Link{1, 0.25}, Link{0, 1}, Link{64, 0.25}}) {
+      for (const size_t chunks : {1, 2, 5, 32}) {
+        const size_t chunk = 4, count = chunks * chunk * static_cast<size_t>(size) * 2;
+        for (const Algorithm algorithm : all_algorithms) {
+          if (is_staged(algorithm)) continue;
+          Case test{algorithm, Blocks::even(count, size), chunk};
+          if (algorithm == Algorithm::tree_allreduce) test.chunk *= static_cast<size_t>(size);
+          test.machine.link = link;
+          Tensors<Int64> outputs;
+          const double actual = run<Int64>(test, outputs).finish_s;
+          const double expected = cost_of(test, 0).time_s(link, Int64::dtype);
+          const bool is_tree = algorithm == Algorithm::tree_allreduce;
+          check(is_tree ? actual <= expected && actual >= 0.6 * expected : actual == expected,
+                test.name() + ": takes " + std::to_string(actual) + ", not " +
+                    std::to_string(expected));
+        }
+      }
+    }
+  }
+}
+
+/// The same bits on all ranks, in every order of events, with every number of slots; and the same
+/// times in every order, as no schedule looks at what happened to come first.
+void test_timing_changes_nothing() {
+  for (const int size : {2, 3, 5, 8, 13, 32, 64}) {
+    for (const Algorithm algorithm : allreduces) {
+      const size_t count = 211;
+      Tensors<RandomFloat> first;
+      for (uint64_t seed = 0; seed < 8; ++seed) {
+        Case test{algorithm, Blocks::even(count, size), 10};
+        test.machine = {{1, 0.01}, 2 + seed % 3, seed % 2 == 1, Order::random, 5.0, seed};
+        Tensors<RandomFloat> outputs;
+        const Outcome outcome = run<RandomFloat>(test, outputs);
+        if (first.empty()) first.assign(outputs.begin(), outputs.begin() + count);
+        for (int rank = 0; rank < size; ++rank) {
+          check(std::memcmp(&outputs[static_cast<size_t>(rank) * count], first.data(),
+                            count * sizeof(float)) == 0,
+                test.name() + ": other bits on rank " + std::to_string(rank));
+        }
+        if (!on_wires(algorithm)) continue;
+        test.machine.order = Order::by_time;
+        check(run<RandomFloat>(test, outputs).finish_s == outcome.finish_s,
+              test.name() + ": another time");
+      }
+    }
+  }
+}
+
+// ---- The trees
+
+void test_tree_places() {
+  for (int size = 1; size <= 300; ++size) {
+    const DoubleTree trees{size};
+    check(trees.height() == static_cast<int>(std::bit_width(static_cast<unsigned>(size - 1))),
+          "height");
+    int inner_in_both = 0;
+    for (int rank = 0; rank < size; ++rank) {
+      const TreePlace places[] = {trees.place(0, rank), trees.place(1, rank)};
+      inner_in_both += places[0].num_children > 0 && places[1].num_children > 0;
+      for (int tree = 0; tree < 2; ++tree) {
+        const TreePlace& place = places[tree];
+        check((place.parent == -1) == (place.depth == 0), "the root is alone at depth 0");
+        if (place.parent == -1) continue;
+        const TreePlace parent = trees.place(tree, place.parent);
+        check(std::count(parent.children, parent.children + parent.num_children, rank) == 1,
+              "a parent knows its child");
+        check(parent.depth + 1 == place.depth, "a child is one deeper");
+      }
+    }
+    if (size > 2)
+      check(inner_in_both == size % 2, "inner in both trees, of " + std::to_string(size));
+  }
+}
+
+/// What tree_allreduce would be without its skew: each chunk goes up and down before the next one.
+double time_of_plain_tree(int size, size_t count, size_t chunk) {
+  const Machine machine;
+  Fibers fibers(size, Order::by_time, 0);
+  Network network(fibers, machine, size);
+  std::vector<int64_t> memory(count);
+  char* data = reinterpret_cast<char*>(memory.data());
+  const Message message{
+      {Dtype::i64, Op::max, size}, sizeof(int64_t), {{0, count, data}}, {{0, count, data}}};
+  std::vector<Counts> counts(static_cast<size_t>(size));
+  fibers.run([&](int rank) {
+    Wire wire(network, rank, message, counts[static_cast<size_t>(rank)]);
+    const TreePart parts[] = {TreePart::of(0, rank, size, count),
+                              TreePart::of(1, rank, size, count)};
+    for (size_t i = 0; i < (count / 2 + chunk - 1) / chunk; ++i) {
+      for (const TreePart& part : parts) tree_up(wire, part, part.half.piece(i, chunk));
+      for (const TreePart& part : parts) tree_down(wire, part, part.half.piece(i, chunk));
+    }
+  });
+  check(!fibers.stopped(), "plain tree: " + fibers.failure());
+  return fibers.clock_of(0);
+}
+
+void test_tree_pipelines() {
+  const size_t chunk = 2, chunks = 64, count = 2 * chunks * chunk;
+  Tensors<Int64> outputs;
+  const double skewed =
+      run<Int64>({Algorithm::tree_allreduce, Blocks::even(count, 64), chunk}, outputs).finish_s;
+  check(skewed == 2 * 6 + 64 - 1, "64 ranks, 64 chunks: " + std::to_string(skewed) + " steps");
+  const double plain = time_of_plain_tree(64, count, chunk);
+  std::printf("  tree, 64 ranks, 64 chunks: %g steps; without the skew %g\n", skewed, plain);
+  check(plain > 8 * skewed, "the skew is worth it");
+}
+
+// ---- What the simulation itself finds
+
+/// Runs body(rank, wire) on ranks that add up `count` numbers; returns the failure.
+template <class Body>
+std::string failure_on_wires(int size, size_t count, size_t slots, Body body) {
+  Machine machine;
+  machine.slots = slots;
+  Fibers fibers(size, machine.order, 0);
+  Network network(fibers, machine, size);
+  std::vector<int64_t> memory(count);
+  char* data = reinterpret_cast<char*>(memory.data());
+  const Message message{
+      {Dtype::i64, Op::max, size}, sizeof(int64_t), {{0, count, data}}, {{0, count, data}}};
+  std::vector<Counts> counts(static_cast<size_t>(size));
+  fibers.run([&](int rank) {
+    Wire wire(network, rank, message, counts[static_cast<size_t>(rank)]);
+    body(rank, wire);
+  });
+  return fibers.failure();
+}
+
+void check_contains(const std::string& text, const std::string& part) {
+  check(text.find(part) != std::string::npos, "\"" + text + "\" should say \"" + part + "\"");
+}
+
+void test_deadlocks_and_wrong_schedules_are_found() {
+  const Chunk one{0, 1}, two{0, 2};
+  // Everybody waits for the one before.
+  std::string failure = failure_on_wires(3, 2, 2, [&](int rank, Wire& wire) {
+    const Ring ring{rank, 3};
+    wire.recv_copy_send(ring.previous(), ring.next(), one);
+  });
+  check_contains(failure, "deadlock");
+  check_contains(failure, "rank 1 waits for a message from rank 0");
+  // Nobody empties the slots.
+  failure = failure_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
+    for (int i = 0; i < 3; ++i) wire.send(Ring{rank, 2}.next(), one);
+  });
+  check_contains(failure, "rank 0 waits for a free slot to rank 1");
+  // One rank leaves the collective early.
+  failure = failure_on_wires(4, 64, 2, [&](int rank, Wire& wire) {
+    if (rank != 2) tree_allreduce(wire, rank, 4, 64, 2);
+  });
+  check_contains(failure, "rank 2 has finished");
+  // Ranks disagree on the chunk, and on what a message is.
+  failure = failure_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
+    wire.send(Ring{rank, 2}.next(), rank == 0 ? one : two);
+    wire.recv_reduce_copy_send(Ring{rank, 2}.previous(), {}, one);
+  });
+  check_contains(failure, "expects [0, 1) of partial sums");
+  failure = failure_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
+    wire.send(Ring{rank, 2}.next(), one);
+    wire.recv_copy_send(Ring{rank, 2}.previous(), {}, one);
+  });
+  check_contains(failure, "expects [0, 1) of results");
+}
+
+/// Ranks that disagree on the count all hear of it, and nobody's memory is touched.
+void test_mismatch() {
+  const int size = 3;
+  const Machine machine;
+  Fibers fibers(size, machine.order, 0);
+  SharedMemory shared(fibers, machine, Blocks::even(8, size), 4);
+  std::vector<int64_t> outputs(8 * size, 7);
+  int refused = 0;
+  fibers.run([&](int rank) {
+    const size_t count = rank == 1 ? 8 : 6;
+    std::vector<int64_t> input(count, 1);
+    const Message message{
+        {Dtype::i64, Op::sum, size},
+        sizeof(int64_t),
+        {{0, count, reinterpret_cast<char*>(input.data())}},
+        {{0, count, reinterpret_cast<char*>(&outputs[static_cast<size_t>(rank) * 8])}}};
+    Counts counts;
+    Window window(shared, rank);
+    window.begin(message, counts);
+    refused += !one_shot_allreduce(window, count);
+  });
+  check(refused == size && !fibers.stopped(), "a mismatch is seen by all");
+  check(outputs == std::vector<int64_t>(8 * size, 7), "a mismatch changes nothing");
+}
+
+void test_all() {
+  test_tree_places();
+  test_tree_pipelines();
+  test_results_and_costs();
+  test_uneven_blocks();
+  test_times();
+  test_timing_changes_nothing();
+  test_deadlocks_and_wrong_schedules_are_found();
+  test_mismatch();
+}
+
+}  // namespace
+}  // namespace ringreduce::sim
+
+int main() {
+  ringreduce::sim::test_all();
+  std::printf("simulation: %d failures\n", ringreduce::sim::num_failures);
+  return ringreduce::sim::num_failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,42 @@
+"""python -m ringreduce.info: every section is there, and under mpirun once."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.core
+
+SECTIONS = ["build", "packages", "MPI", "job", "settings"]
+
+
+def test_alone():
+    done = subprocess.run(
+        [sys.executable, "-m", "ringreduce.info"],
+        env=os.environ | {"RINGREDUCE_TIMEOUT": "7", "RINGREDUCE_TIMEOUTS": "8"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == SECTIONS
+    values = dict(line.strip().split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert values["ranks"].split()[-1] == "1"
+    assert values["RINGREDUCE_TIMEOUT"].startswith("7: seconds")
+    assert values["RINGREDUCE_ALGORITHM"].startswith("auto (default)")
+    assert values["RINGREDUCE_TIMEOUTS"].endswith("did you mean RINGREDUCE_TIMEOUT?")
+    assert "unavailable" in values["cuda"] or "." in values["cuda"]
+
+
+def test_under_mpirun(mpirun, mpi_name):
+    done = mpirun(3, ["-m", "ringreduce.info", "--json"])
+    assert done.returncode == 0, done.stderr
+    sections = json.loads(done.stdout)  # one rank's, or this fails
+    assert list(sections) == SECTIONS
+    assert sections["job"]["ranks"] == sections["job"]["ranks on this node"] == "3"
+    assert mpi_name in sections["MPI"]["library"]
+    assert mpi_name in sections["MPI"]["launched by"]
+    assert os.path.exists(sections["MPI"]["library file"])
