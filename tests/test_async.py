@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import random
+import sys
 import threading
 import weakref
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from expected import ALGORITHMS, DTYPES, assert_equal, exact_values, make, ops_of, reduced, values_of
 
-from ringreduce import MismatchError, RingReduceError
+from ringreduce import MismatchError, RingReduceError, testing
 
 FORK = multiprocessing.get_context("fork")
 SOON_S = 20.0  # what must happen, happens within this
@@ -136,6 +137,42 @@ def test_operands_live_as_long_as_they_are_needed_and_no_longer(ranks):
         assert [ref() for ref in alive] == [None] * len(alive)
 
     ranks(3, check)
+
+
+def test_an_operand_that_dies_may_run_python():
+    """Its finalizer lets other threads call, or calls itself. In forks: a crash must not end the tests."""
+    turns = 500
+
+    def check(comm):
+        deaths = []
+
+        class Mourned(np.ndarray):
+            def __del__(self):
+                comm.barrier(async_op=True)
+
+        def work():
+            for _ in range(turns):
+                x = np.ones(5)
+                weakref.finalize(x, lambda: deaths.append(sum(range(300))))
+                comm.allreduce_(x, async_op=True)
+                del x
+                comm.allreduce_(np.ones(5).view(Mourned), async_op=True)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        for _ in range(3):
+            comm.barrier(async_op=True).wait()
+        assert len(deaths) == 4 * turns
+
+    testing.run_forks(1, check)
 
 
 def test_nobody_need_wait(ranks):

@@ -48,6 +48,20 @@ def test_one_open_bucket_for_each_dtype():
     assert [bucket.dtype for bucket in plan] == [torch.float32, torch.float64, torch.float32]
 
 
+def test_order_is_that_of_the_last_gradients():
+    """Not that in which buckets are found to be full."""
+    named = [
+        (name, torch.empty(KB // dtype.itemsize, dtype=dtype))
+        for name, dtype in [
+            ("w0", torch.float32),
+            ("n0", torch.float64),
+            ("n1", torch.float64),
+            ("w1", torch.float32),
+        ]
+    ]
+    assert names(plan_buckets(named, KB, KB)) == [["w1"], ["n1"], ["n0"], ["w0"]]
+
+
 @pytest.mark.parametrize("limit", [1, 100, 3000, 10**6])
 def test_places_cover_the_bucket_without_overlap(limit):
     shapes = [(3,), (), (5, 7), (0, 4), (64,), (1,), (2, 3, 4), (100,)]

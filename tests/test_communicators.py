@@ -355,6 +355,31 @@ def test_a_rank_may_leave_after_its_part_is_done(ranks):
         ranks(size, check, algorithm=algorithm)
 
 
+@pytest.mark.parametrize("way", ["wait", "drain", "with"])
+def test_close_after_an_asynchronous_call_disturbs_nobody(ranks, way):
+    """What has been waited for is over: closing then is no abort, however short ago it was."""
+
+    def check(comm):
+        for turn in range(60):
+            part = comm.split(0)
+            x = ones((10, 20_000)[turn % 2])
+            if way == "with":
+                with part:
+                    work = part.allreduce_(x, async_op=True)
+            else:
+                work = part.allreduce_(x, async_op=True)
+                if way == "wait":
+                    work.wait()
+                else:
+                    part.core.drain(20.0)
+                part.close()
+            assert (work.wait() == comm.size).all()
+            comm.barrier()
+            assert not part.core.aborted, turn
+
+    ranks(3, check)
+
+
 def test_opening_and_closing_leaks_nothing(ranks):
     def check(comm):
         def held():

@@ -240,7 +240,8 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("limits", [{}, TINY])
-def test_checkpointing(use_reentrant, limits):
+@pytest.mark.parametrize("op", ["avg", "sum"])
+def test_checkpointing(use_reentrant, limits, op):
     """Another number of times on each rank: all reduce again where one of them needs it."""
     model = build(lambda: Checkpointed(use_reentrant))
 
@@ -253,9 +254,10 @@ def test_checkpointing(use_reentrant, limits):
             loss(wrapped, rank).backward()
         return gradients(wrapped)
 
-    results = run_copies(3, model, run, **limits)
+    results = run_copies(3, model, run, op=op, **limits)
+    expected = times(3 if op == "sum" else 1, mean(3, model, loss))
     for grads in results:
-        assert_close(grads, mean(3, model, loss))
+        assert_close(grads, expected)
         assert_equal(grads, results[0])
 
 
@@ -363,14 +365,22 @@ class Failing(torch.autograd.Function):
 
 
 class Fragile(nn.Module):
+    """Raises in backward: at the very beginning, or when the late layer has its gradient."""
+
     def __init__(self):
         super().__init__()
         self.early, self.late = nn.Linear(3, 3), nn.Linear(3, 3)
 
-    def forward(self, x, fail=False, early_only=False, hide=False):
+    def forward(self, x, fail_at="", early_only=False, hide=False):
         y = self.early(x)
-        y = y if early_only else self.late(Failing.apply(y, fail))
+        if not early_only:
+            y = self.late(Failing.apply(y, fail_at == "middle"))
+        y = Failing.apply(y, fail_at == "beginning")
         return SimpleNamespace(y=y) if hide else y
+
+
+def late(grads):
+    return {name: grad for name, grad in grads.items() if name.startswith("late")}
 
 
 @pytest.mark.parametrize("again", ["forward", "hidden outputs", "backward"])
@@ -379,49 +389,54 @@ def test_exception_in_backward_on_all_ranks(again):
     model = build(Fragile)
 
     def run(wrapped, rank):
+        x = normal(4, 3, seed=rank)
+        plain_loss(wrapped, rank).backward()
+        wrapped.zero_grad()
         other = plain_loss(wrapped, rank)
         for _ in range(2):
             with pytest.raises(KeyError):
-                wrapped(normal(4, 3, seed=rank), fail=True).sum().backward()
-        wrapped.zero_grad()
+                wrapped(x, fail_at="middle").sum().backward()
         if again == "forward":
-            plain_loss(wrapped, rank).backward()
-        elif again == "backward":
+            # What is left on each rank is reduced with the next, also where that has nothing new.
+            wrapped(x, early_only=True).sum().backward()
+            left = mean(2, model, *[lambda m, rank: m(normal(4, 3, seed=rank)).sum()] * 2)
+            assert_close(late(gradients(wrapped)), late(left))
+        wrapped.zero_grad()
+        if again == "backward":
             other.backward()
         else:
-            wrapped(normal(4, 3, seed=rank), hide=True).y.square().sum().backward()
+            y = wrapped(x, hide=again == "hidden outputs")
+            getattr(y, "y", y).square().sum().backward()
         return gradients(wrapped)
 
     for grads in run_copies(2, model, run, **TINY):
         assert_close(grads, mean(2, model, plain_loss))
 
 
-def test_exception_in_backward_on_one_rank():
+@pytest.mark.parametrize("fail_at", ["beginning", "middle"])
+def test_exception_in_backward_on_one_rank(fail_at):
     """The others are told when that rank goes on, and all stay in step."""
     model = build(Fragile)
 
+    def failing_loss(m, rank):
+        return m(normal(4, 3, seed=rank)).sum() * (fail_at == "middle" or rank != 1)
+
     def run(wrapped, rank):
+        x = normal(4, 3, seed=rank)
+        plain_loss(wrapped, rank).backward()
+        wrapped.zero_grad()
         for _ in range(2):
             with pytest.raises(KeyError if rank == 1 else RingReduceError) as error:
-                wrapped(normal(4, 3, seed=rank), fail=rank == 1).sum().backward()
+                wrapped(x, fail_at if rank == 1 else "").sum().backward()
             assert rank == 1 or "rank 1" in str(error.value)
-        # What the failed ones left on each rank is reduced with the next, also where that has nothing.
-        wrapped(normal(4, 3, seed=rank), early_only=True).sum().backward()
-        left = gradients(wrapped)
+        wrapped(x, early_only=True).sum().backward()
+        assert_close(late(gradients(wrapped)), late(mean(3, model, *[failing_loss] * 2)))
         wrapped.zero_grad()
         plain_loss(wrapped, rank).backward()
-        return left, gradients(wrapped)
+        return gradients(wrapped)
 
-    results = run_copies(3, model, run, **TINY)
-    expected = mean(3, model, *[lambda m, rank: m(normal(4, 3, seed=rank)).sum()] * 2)
-    for left, grads in results:
-        assert_equal(left, results[0][0])
-        assert_close(gradients_of("late", left), gradients_of("late", expected))
+    for grads in run_copies(3, model, run, **TINY):
         assert_close(grads, mean(3, model, plain_loss))
-
-
-def gradients_of(part, grads):
-    return {name: grad for name, grad in grads.items() if name.startswith(part)}
 
 
 def test_collectives_of_the_user_do_not_interleave():

@@ -108,11 +108,19 @@ def run_and_signal(mpirun, notes, script, number, whom):
     return done, sent[0], ended_s
 
 
+def alive(pid: int) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def gone(pids: dict[int, object]) -> bool:
     limit = time.monotonic() + 2
-    while left := [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]:
+    while any(alive(pid) for pid in pids.values()):
         if time.monotonic() > limit:
-            return not left
+            return False
         time.sleep(0.01)
     return True
 

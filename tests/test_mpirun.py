@@ -93,7 +93,7 @@ def rr_last(x, total):
 @pytest.mark.world
 def test_world_asynchronous(world):
     works = [rr.allreduce(torch.full((n,), 1.0), async_op=True) for n in (1, 1000, 50_000)]
-    works.append(rr.broadcast_object is not None and rr.barrier(async_op=True))
+    works.append(rr.barrier(async_op=True))
     works.append(rr.allgather(np.ones(rr.rank()), async_op=True))
     assert len(works[4].wait()) == sum(range(rr.size()))
     assert works[3].wait() is None
@@ -161,13 +161,10 @@ def test_world_refuses_before_anything_is_sent(world):
 def test_world_models_and_objects(world):
     torch.manual_seed(rr.rank())
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1 / (rr.rank() + 1))
     root = rr.size() - 1
     rr.broadcast_parameters(model, root)
-    rr.broadcast_optimizer_state(optimizer, root)
-    state = {"lr": optimizer.param_groups[0]["lr"], "bits": [bits_of(p) for p in model.parameters()]}
-    assert rr.broadcast_object(state, root) == state
-    assert state["lr"] == 0.1 / rr.size()
+    bits = [bits_of(x) for x in (*model.parameters(), *model.buffers())]
+    assert rr.broadcast_object(bits, root) == bits
 
 
 @pytest.mark.world
@@ -179,7 +176,7 @@ def test_world_bits_are_the_same_everywhere(world):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("size", "algorithm"), [(1, "auto"), (2, "tree"), (3, "ring"), (8, "auto")])
+@pytest.mark.parametrize(("size", "algorithm"), [(2, "tree"), (5, "auto")])
 def test_under_mpirun(mpirun, size, algorithm):
     """Every rank runs the tests above, and says that it has."""
     tests = ["-m", "pytest", "-q", "-m", "world", "-p", "no:cacheprovider", str(TESTS / "test_mpirun.py")]

@@ -107,7 +107,9 @@ void Communicator::close() {
 }
 
 bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
-  return engine_->drain(Deadline::after_s(timeout_s), interrupted);
+  const bool ended = engine_->drain(Deadline::after_s(timeout_s), interrupted);
+  if (const std::exception_ptr error = engine_->take_unseen_error()) std::rethrow_exception(error);
+  return ended;
 }
 
 bool Communicator::wait(Work& work, Deadline deadline, const Interrupted& interrupted) {

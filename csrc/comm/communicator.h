@@ -66,6 +66,7 @@ class Communicator {
   void abort(const std::string& reason);
   /// Local; does not wait. What is under way is aborted.
   void close();
+  /// Until all has ended, or false; throws the error of what nobody waited for.
   bool drain(double timeout_s, const Interrupted& interrupted);
   /// Waits for a Work and throws its error; false if `deadline` came first.
   bool wait(Work& work, Deadline deadline, const Interrupted& interrupted);

@@ -113,7 +113,9 @@ void run_staged(Algorithm algorithm, World& world) {
 Outcome simulate(Algorithm algorithm, const Problem& problem, const Machine& machine) {
   const size_t size = static_cast<size_t>(problem.blocks.size());
   if (size == 1) {
-    std::memmove(problem.outputs, problem.inputs, tensor_bytes(problem));
+    if (problem.outputs != problem.inputs) {
+      std::copy_n(problem.inputs, tensor_bytes(problem), problem.outputs);
+    }
     return {"", std::vector<Counts>(1), 0};
   }
   World world{problem,

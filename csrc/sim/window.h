@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -52,7 +53,8 @@ class SharedMemory {
 
   /// One collective. Fast ranks may be in the next one already, so each has its own.
   struct Call {
-    std::vector<const Message*> messages;  // by rank
+    std::vector<const Message*> messages;  // by rank; valid until the last has finished
+    std::set<size_t> counts;               // of elements; more than one: a mismatch
     Times arrived, finished;
     size_t num_claimed = 0;
   };

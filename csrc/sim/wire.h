@@ -50,7 +50,7 @@ class Network {
   const Machine& machine_;
   size_t size_;
   std::vector<std::unique_ptr<Fifo>> fifos_;  // by sender, receiver and channel
-  std::vector<double> port_free_;  // by rank: when it can send again
+  std::vector<double> port_free_;             // by rank: when it can send again
 };
 
 /// One rank's end; used by that rank's fiber only. The primitives are those that ring.h lists.

@@ -58,6 +58,17 @@ void abort_at_work(Rank& self, int culprit, bool overlapping) {
   self.comm->abort("rank " + std::to_string(culprit) + " lost its way");
 }
 
+/// What is still queued when a rank gives up fails as well, and in the same way.
+void queued(Rank& self) {
+  std::vector<std::shared_ptr<Work>> works;
+  for (int index = 0; self.rank > 0 && index < 4; ++index) works.push_back(self.start(Call{}));
+  self.exchange("queued");
+  if (self.rank == 0) self.comm->abort("gave up");
+  for (const auto& work : works) {
+    require_in("gave up", error_of(ErrorCode::peer_failed, [&] { self.finish(*work); }));
+  }
+}
+
 /// Ranks leave when they have done their part, at different times: nobody may take alarm.
 void departures(Rank& self) {
   std::vector<float> x = input_of<float>(self.rank, 2'000, 1);
@@ -143,6 +154,8 @@ void run_all(int size) {
     run_ranks(size, {}, [&](Rank& self) { abort_at_work(self, culprit, overlapping); });
     run_ranks(size, {}, departures);
   }
+  announce("queued operations", size);
+  run_ranks(size, {}, queued);
   announce("an early exit", size);
   run_ranks(size, {}, early_exit);
   announce("a late rank", size);

@@ -296,20 +296,19 @@ void test_uneven_blocks() {
 
 /// Under alpha and beta: exact for equal blocks; the tree stays below its bound, and near it.
 void test_times() {
-  for (int size = 2; size <= 64; ++size) {
+  for (const int size : {2, 3, 4, 5, 6, 7, 8, 13, 16, 31, 32, 33, 64}) {
     for (const Link link : {Link{1, 0.25}, Link{0, 1}, Link{64, 0.25}}) {
-      for (const size_t chunks : {1, 2, 5, 32}) {
-        const size_t chunk = 4, count = chunks * chunk * static_cast<size_t>(size) * 2;
+      for (const size_t rounds : {1, 2, 9}) {
+        const size_t chunk = 4, count = rounds * chunk * static_cast<size_t>(size);
         for (const Algorithm algorithm : all_algorithms) {
           if (is_staged(algorithm)) continue;
           Case test{algorithm, Blocks::even(count, size), chunk};
-          if (algorithm == Algorithm::tree_allreduce) test.chunk *= static_cast<size_t>(size);
           test.machine.link = link;
           Tensors<Int64> outputs;
           const double actual = run<Int64>(test, outputs).finish_s;
           const double expected = cost_of(test, 0).time_s(link, Int64::dtype);
           const bool is_tree = algorithm == Algorithm::tree_allreduce;
-          check(is_tree ? actual <= expected && actual >= 0.6 * expected : actual == expected,
+          check(is_tree ? actual <= expected && actual >= expected / 2 : actual == expected,
                 test.name() + ": takes " + std::to_string(actual) + ", not " +
                     std::to_string(expected));
         }
