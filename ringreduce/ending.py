@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -26,6 +28,8 @@ from ringreduce.errors import RingReduceError
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 REPORT_S = 0.15  # Open MPI sends SIGTERM 0.25 s after the first rank died
 LEAVE_S = 1.0
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orterun", "orted", "hydra_pmi_proxy")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 DRAIN_AT_EXIT_S = 5.0  # for asynchronous operations that nobody waited for
 
 _log = logging.getLogger("ringreduce")
@@ -55,6 +59,17 @@ def guard(bootstrap: Bootstrap) -> None:
     if bootstrap.size > 1 and not _State.exceptions_handled:
         _State.exceptions_handled = True
         _hook_exceptions()
+        _die_with_launcher()
+
+
+def _die_with_launcher() -> None:
+    """Open MPI's ranks notice that mpirun was killed only within MPI calls, of which we make few."""
+    try:
+        parent = Path(f"/proc/{os.getppid()}/comm").read_text().strip()
+    except OSError:
+        return
+    if parent in LAUNCHERS:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def release() -> None:

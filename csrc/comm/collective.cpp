@@ -30,6 +30,7 @@ class Collective {
   }
 
   void run() {
+    if (core_.group.aborted()) throw_failure();
     core_.window.begin(header_, message_, watch_);
     switch (call_.kind) {
       case Kind::barrier:
@@ -270,8 +271,16 @@ class Collective {
 
 void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
   const int64_t begin_ns = now_ns();
-  Collective collective(core, call, work, interrupted);
-  collective.run();
+  try {
+    Collective(core, call, work, interrupted).run();
+  } catch (const Error&) {
+    throw;  // all ranks have it, or an abort told them
+  } catch (const std::exception& error) {
+    // No memory, say: this rank is out of step, and the others would wait for it.
+    core.group.abort(ErrorCode::peer_failed, core.rank,
+                     "rank " + std::to_string(core.rank) + " failed: " + error.what());
+    throw;
+  }
   core.stats.calls.fetch_add(1, std::memory_order_relaxed);
   core.stats.busy_ns.fetch_add(static_cast<uint64_t>(now_ns() - begin_ns),
                                std::memory_order_relaxed);
@@ -286,7 +295,19 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interru
   call.bytes = size_bytes;
   Work work;
   run_collective(core, call, work, interrupted);
-  return core.arena->allocate(core.node, size_bytes, Deadline::after_s(core.options.timeout_s));
+  const Header header = call.header(core.sequence.load());
+  GroupWatch watch(core.group, header, {core.options.warn_after_s, core.options.timeout_s},
+                   interrupted, core.closing);
+  const std::function<bool()> stop = [&watch] { return watch.stop(); };
+  Deadline deadline = Deadline::after_s(core.options.timeout_s);
+  deadline.stop = &stop;
+  try {
+    return core.arena->allocate(core.node, size_bytes, deadline);
+  } catch (const Error& error) {
+    // A lack of memory is told to all ranks alike; else somebody has left, or the user wants out.
+    if (error.code() == ErrorCode::resource || !watch.stop()) throw;
+    throw_aborted(core, header.describe() + " #" + std::to_string(header.sequence));
+  }
 }
 
 void throw_aborted(const Core& core, const std::string& during) {

@@ -50,7 +50,6 @@ void Communicator::check_usable() {
   if (closed_)
     throw Error(ErrorCode::closed, "communicator '" + core_->options.name + "' is closed");
   if (const std::exception_ptr error = engine_->take_unseen_error()) std::rethrow_exception(error);
-  if (core_->group.aborted()) throw_aborted(*core_, "a new call");
 }
 
 void Communicator::run(const Call& call, Work& work, const Interrupted& interrupted) {
@@ -78,7 +77,12 @@ template <class Operation>
 void Communicator::run_in_order(const Operation& operation, const Interrupted& interrupted) {
   {
     const Engine::Turn turn(*engine_);
-    if (turn.granted()) return operation(interrupted);
+    try {
+      if (turn.granted()) return operation(interrupted);
+    } catch (...) {
+      told_ = true;
+      throw;
+    }
   }
   // Others are under way. The caller waits here until it has ended, so references stay valid.
   wait(*engine_->enqueue([&operation](Work&) { operation({}); }, false), Deadline::never(),
@@ -108,7 +112,9 @@ void Communicator::close() {
 
 bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
   const bool ended = engine_->drain(Deadline::after_s(timeout_s), interrupted);
-  if (const std::exception_ptr error = engine_->take_unseen_error()) std::rethrow_exception(error);
+  const std::exception_ptr error = engine_->take_unseen_error();
+  // Of an abort the user has to hear once, not once for every operation that it ended.
+  if (error && !(told_ && core_->group.aborted())) std::rethrow_exception(error);
   return ended;
 }
 
@@ -119,6 +125,7 @@ bool Communicator::wait(Work& work, Deadline deadline, const Interrupted& interr
     give_up();
     work.wait(Deadline::never(), {});
   }
+  if (work.failed()) told_ = true;
   work.get();
   return true;
 }

@@ -84,6 +84,7 @@ class Communicator {
   std::shared_ptr<Engine> engine_;
   uint64_t fork_generation_;
   std::atomic<bool> closed_{false};
+  std::atomic<bool> told_{false};  // whether an error was thrown to the user
 };
 
 }  // namespace ringreduce

@@ -36,6 +36,14 @@ void throw_first(const std::vector<std::string>& failures, const std::vector<int
   }
 }
 
+/// Closes it on every way out.
+struct Listener {
+  int fd;
+  ~Listener() {
+    if (fd >= 0) close(fd);
+  }
+};
+
 }  // namespace
 
 Node::Node(int rank, int size, const Exchange& exchange, bool in_process, Deadline deadline)
@@ -60,12 +68,14 @@ Node::Node(int rank, int size, const Exchange& exchange, bool in_process, Deadli
     }
     cores_ = std::min(quota, cores_in_union(node_masks.data(), local_size()));
   } catch (...) {
-    for (int socket : sockets_) close(socket);
+    close_sockets();
     throw;
   }
 }
 
-Node::~Node() {
+Node::~Node() { close_sockets(); }
+
+void Node::close_sockets() {
   for (int socket : sockets_) {
     if (socket >= 0) close(socket);
   }
@@ -74,12 +84,18 @@ Node::~Node() {
 void Node::connect(const Exchange& exchange, Deadline deadline) {
   const bool leads = local_rank_ == 0;
   const std::string name = leads && local_size() > 1 ? random_name() : "";
-  const int listener = name.empty() ? -1 : listen_on(name, local_size());
+  const Listener listener{name.empty() ? -1 : listen_on(name, local_size())};
   const std::string leader = exchange(name)[static_cast<size_t>(ranks_[0])];
+  if (!leads) {
+    const int32_t local_rank = local_rank_;
+    sockets_.push_back(connect_to(leader, deadline));
+    send_all(sockets_[0], &local_rank, sizeof(local_rank), deadline);
+  }
+  exchange("");  // all have connected: a rank that dies from here on shows as the end of its socket
   if (leads) {
     sockets_.assign(static_cast<size_t>(local_size()), -1);
     for (int peer = 1; peer < local_size(); ++peer) {
-      const int socket = accept_from(listener, deadline);
+      const int socket = accept_from(listener.fd, deadline);
       int32_t local_rank = 0;
       receive_all(socket, &local_rank, sizeof(local_rank), deadline);
       if (local_rank < 1 || local_rank >= local_size() ||
@@ -88,11 +104,6 @@ void Node::connect(const Exchange& exchange, Deadline deadline) {
       }
       sockets_[static_cast<size_t>(local_rank)] = socket;
     }
-    if (listener >= 0) close(listener);
-  } else {
-    const int32_t local_rank = local_rank_;
-    sockets_.push_back(connect_to(leader, deadline));
-    send_all(sockets_[0], &local_rank, sizeof(local_rank), deadline);
   }
 }
 

@@ -41,6 +41,7 @@ class Node {
 
  private:
   void connect(const Exchange& exchange, Deadline deadline);
+  void close_sockets();
   std::vector<int> exchange_fds(int fd, Deadline deadline);
 
   int local_rank_ = 0, num_nodes_ = 1, cores_ = 1;

@@ -31,10 +31,15 @@ socklen_t address_of(const std::string& name, sockaddr_un* address) {
   return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + full.size());
 }
 
+[[noreturn]] void lost_peer() {
+  throw Error(ErrorCode::peer_failed, "a rank of this node ended while shared memory was set up");
+}
+
 void wait_for(int socket, short events, Deadline deadline) {
   for (;;) {
     pollfd entry{socket, events, 0};
-    if (poll(&entry, 1, 50) > 0) return;
+    if (poll(&entry, 1, 5) > 0) return;
+    if (deadline.stop && (*deadline.stop)()) lost_peer();
     if (deadline.passed(now_ns())) {
       throw Error(ErrorCode::timeout,
                   "timed out while the ranks of a node set up shared memory: a rank did not come");
@@ -52,10 +57,6 @@ int new_socket() {
   const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (fd < 0) fail("cannot create a unix socket");
   return fd;
-}
-
-[[noreturn]] void lost_peer() {
-  throw Error(ErrorCode::peer_failed, "a rank of this node ended while shared memory was set up");
 }
 
 }  // namespace
