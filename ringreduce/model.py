@@ -211,7 +211,6 @@ class DistributedModel(nn.Module):
             self._finalizer.detach()
         # The hooks keep the reducer alive, but not this: where it goes, they go.
         self._finalizer = weakref.finalize(self, _disconnect, self._reducer)
-        self._finalizer.atexit = False  # then the job ends all communicators, in its own order
 
     def _plan(self, parameters: list[tuple[str, nn.Parameter]]) -> list[Bucket]:
         options = self._options

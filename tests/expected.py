@@ -45,7 +45,7 @@ def generator(*seed: object) -> np.random.Generator:
 
 
 def share(cases: Iterable, part: float, *setting: object) -> list:
-    """A part of the cases, another one for each setting: all settings together see each case many times."""
+    """A part of the cases, another one for each setting: together they see each case many times."""
     listed = list(cases)
     kept = generator("share", setting).random(len(listed)) < part
     return [case for case, keep in zip(listed, kept, strict=True) if keep]
@@ -139,7 +139,7 @@ def assert_equal(x, values: np.ndarray, case: object) -> None:
 
 @contextlib.contextmanager
 def one_core():
-    """Ranks that are started within outnumber the cores, if there are two at least, on any machine."""
+    """Ranks that are started within outnumber the cores, if they are two or more, anywhere."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:

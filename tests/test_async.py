@@ -1,4 +1,4 @@
-"""Asynchronous calls, and calls from many threads: order, lifetime of operands, waiting, and their errors."""
+"""Asynchronous calls, and calls from many threads: order, lifetime of operands, waiting, errors."""
 
 import itertools
 import multiprocessing
@@ -10,7 +10,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from expected import ALGORITHMS, DTYPES, assert_equal, exact_values, make, ops_of, reduced, values_of
+from expected import (
+    ALGORITHMS,
+    DTYPES,
+    assert_equal,
+    exact_values,
+    make,
+    ops_of,
+    reduced,
+    values_of,
+)
 
 from ringreduce import MismatchError, RingReduceError, testing
 
@@ -127,7 +136,9 @@ def test_operands_live_as_long_as_they_are_needed_and_no_longer(ranks):
             alive.append(weakref.ref(y))
             works.append(comm.allreduce(y, async_op=True))
             del x, y
-            junk = [torch.full((20000,), -1e30) for _ in range(3)]  # takes memory that was freed too early
+            junk = [
+                torch.full((20000,), -1e30) for _ in range(3)
+            ]  # takes memory that was freed too early
             del junk
         for number in range(20):
             assert (works[2 * number].wait() == 3 * number + 3).all()
@@ -140,7 +151,7 @@ def test_operands_live_as_long_as_they_are_needed_and_no_longer(ranks):
 
 
 def test_an_operand_that_dies_may_run_python():
-    """Its finalizer lets other threads call, or calls itself. In forks: a crash must not end the tests."""
+    """Its finalizer lets other threads call, or calls itself. In a fork: a crash ends no tests."""
     turns = 500
 
     def check(comm):
@@ -298,7 +309,7 @@ def test_errors_of_the_call_itself_are_raised_at_once(ranks):
 
 @pytest.mark.parametrize("size", (1, 2, 4))
 def test_many_threads_of_a_rank(ranks, size):
-    """All call the same, so it does not matter whose call meets whose; none may be lost or mixed up."""
+    """All call the same, so it does not matter whose call meets whose; none may be lost."""
 
     def check(comm):
         failures = []
@@ -351,13 +362,16 @@ def test_a_thread_for_each_communicator(ranks):
 
 
 def test_communicators_do_not_wait_for_each_other(ranks):
-    """Each rank issues on two communicators in another order: no deadlock, as each has its own queue."""
+    """Each rank issues on two communicators in another order: each has its own queue."""
 
     def check(comm):
         one, two = comm.split(0), comm.split(0)
         for turn in range(30):
             order = [one, two] if (comm.rank + turn) % 2 else [two, one]
-            works = {part: part.allreduce(np.full(3000, 1 + (part is two)), async_op=True) for part in order}
+            works = {
+                part: part.allreduce(np.full(3000, 1 + (part is two)), async_op=True)
+                for part in order
+            }
             assert (works[one].wait() == comm.size).all()
             assert (works[two].wait() == 2 * comm.size).all()
 

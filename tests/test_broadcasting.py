@@ -1,4 +1,4 @@
-"""Objects, models and optimizers: all ranks end with one rank's state, or with an error that says what differs."""
+"""Objects, models, optimizers: all ranks end with one rank's state, or are told what differs."""
 
 import copy
 import itertools
@@ -53,7 +53,9 @@ def test_an_object_that_cannot_be_pickled_is_refused_before_anything_is_sent(ran
     def check(comm):
         if comm.rank == 1:
             sequence = comm.core.sequence
-            with pytest.raises((TypeError, AttributeError, ValueError, Exception), match="pickle|local"):
+            with pytest.raises(
+                (TypeError, AttributeError, ValueError, Exception), match="pickle|local"
+            ):
                 comm.broadcast_object(lambda: 0, root=1)
             assert comm.core.sequence == sequence
         assert comm.broadcast_object(comm.rank, root=1) == 1
@@ -71,7 +73,7 @@ def test_roots_that_differ(ranks):
 
 
 def mixed_model(seed):
-    """Several dtypes, shapes and layouts; buffers, one of them 0-d; a frozen and a shared parameter."""
+    """Several dtypes, shapes and layouts; buffers, one 0-d; a frozen and a shared parameter."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
@@ -116,7 +118,10 @@ def test_broadcast_parameters(ranks, source, root):
         assert comm.broadcast_parameters(given, root) is None
         after = tensors_of(model)
         assert {name: x.data_ptr() for name, x in after.items()} == addresses
-        sent = {"state dict": model.state_dict(), "named parameters": dict(model.named_parameters())}
+        sent = {
+            "state dict": model.state_dict(),
+            "named parameters": dict(model.named_parameters()),
+        }
         for name in sent.get(source, after):
             if name in wanted:
                 assert bits_of(after[name]) == wanted[name], name
@@ -128,7 +133,11 @@ def test_broadcast_parameters(ranks, source, root):
 
 def test_broadcast_parameters_of_arrays_and_of_nothing(ranks):
     def check(comm):
-        arrays = {"a": np.full(3, comm.rank), "b": torch.full((2,), float(comm.rank)), "c": np.zeros((0, 2))}
+        arrays = {
+            "a": np.full(3, comm.rank),
+            "b": torch.full((2,), float(comm.rank)),
+            "c": np.zeros((0, 2)),
+        }
         comm.broadcast_parameters(arrays, root=1)
         assert (arrays["a"] == 1).all() and (arrays["b"] == 1).all()
         for nothing in ({}, [], nn.ReLU()):
@@ -210,7 +219,7 @@ def train(model, optimizer, steps, seed):
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("root", (0, 1))
 def test_training_goes_on_from_roots_state(ranks, kind, root):
-    """After root's checkpoint was broadcast, all ranks take the steps that root would have taken alone."""
+    """With root's state, all ranks take the steps that root would have taken alone."""
 
     models = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)) for _ in range(3)]
 
@@ -234,7 +243,10 @@ def test_training_goes_on_from_roots_state(ranks, kind, root):
             train(model, optimizer, 1, 5)
         comm.broadcast_parameters(model, root)
         comm.broadcast_optimizer_state(optimizer, root)
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.state_dict()["param_groups"]]
+        groups = [
+            {k: v for k, v in g.items() if k != "params"}
+            for g in optimizer.state_dict()["param_groups"]
+        ]
         train(model, optimizer, 2, 9)
         assert [bits_of(p) for p in model.parameters()] == wanted
         return repr(groups)

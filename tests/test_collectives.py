@@ -1,5 +1,5 @@
-"""Every collective on every dtype, op and algorithm, against numpy: exactly, around all sizes at which the core
-changes its ways."""
+"""Every collective on every dtype, op and algorithm, against numpy: exactly, and around all sizes
+at which the core changes its ways."""
 
 import functools
 import itertools
@@ -45,7 +45,7 @@ def combinations():
 
 
 def drawn(shapes, part, size, *setting):
-    """(dtype, op, framework, shape), for the part of all combinations that falls to this setting."""
+    """(dtype, op, framework, shape): the part of all combinations that falls to this setting."""
     every = [(*first, shape) for first, shape in itertools.product(combinations(), shapes)]
     cases = share(every, part, size, *setting)
     for dtype, op, _, shape in cases:
@@ -255,18 +255,27 @@ def test_grouped_allreduce(ranks, size, algorithm):
         [("float64", shape) for shape in shapes],
         [("bfloat16", shape) for shape in shapes],
         [(dtype, shapes[i % 5]) for i, dtype in enumerate(DTYPES)],
-        [(dtype, shape) for shape in shapes[:5] for dtype in ("int64", "float16", "int64", "uint8")],
+        [
+            (dtype, shape)
+            for shape in shapes[:5]
+            for dtype in ("int64", "float16", "int64", "uint8")
+        ],
     ]
 
     def check(comm):
         setting = size, algorithm, ranks.__name__
-        for members, op in share(itertools.product(lists, ("sum", "avg", "prod", "max")), 0.4, setting):
+        for members, op in share(
+            itertools.product(lists, ("sum", "avg", "prod", "max")), 0.4, setting
+        ):
             members = [(d, s) for d, s in members if op in ops_of(d)]
             for framework in ("torch", "numpy"):
                 if framework == "numpy":
                     members = [(d, s) for d, s in members if d != "bfloat16"]
                 cases = [operands(size, d, op, s) for d, s in members]
-                xs = [make(framework, c[0][comm.rank], d) for c, (d, _) in zip(cases, members, strict=True)]
+                xs = [
+                    make(framework, c[0][comm.rank], d)
+                    for c, (d, _) in zip(cases, members, strict=True)
+                ]
                 before = [bits_of(x) for x in xs]
                 results = comm.grouped_allreduce(tuple(xs), op)
                 assert [bits_of(x) for x in xs] == before
@@ -311,7 +320,7 @@ def test_a_world_of_one_copies(ranks):
 
 
 def test_kinds_follow_each_other_in_any_order(ranks):
-    """The two places by turns, the staging ring and the wire go on from one collective to the next."""
+    """Staging ring, wire and the places used by turns go on from one collective to the next."""
     order = generator_of_kinds()
 
     def check(comm):

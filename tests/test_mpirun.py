@@ -1,4 +1,4 @@
-"""The public functions in a world of any number of ranks. In the suite: a world of one, and real mpirun with more.
+"""The public functions in a world of any size. In the suite: of one, and with more by real mpirun.
 
 `mpirun -np N python -m pytest -m world` runs the tests that are marked "world" on every rank.
 """
@@ -61,7 +61,9 @@ def test_world_is_what_mpirun_started(world):
 @pytest.mark.world
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_world_collectives(world, dtype):
-    for framework, shape in ((f, s) for f in frameworks_of(dtype) for s in ((), (0,), (5, 3), (30_011,))):
+    for framework, shape in (
+        (f, s) for f in frameworks_of(dtype) for s in ((), (0,), (5, 3), (30_011,))
+    ):
         for op in ops_of(dtype):
             mine, total = operands(dtype, op, shape)
             x = make(framework, mine, dtype)
@@ -72,7 +74,11 @@ def test_world_collectives(world, dtype):
                 assert_equal(rr.reduce_scatter(x, op), part, (dtype, op, shape))
             root = rr.size() - 1
             rooted = rr.reduce(x, op, root)
-            assert rooted is None if rr.rank() != root else bits_of(rooted) == bits_of(rr_last(x, total))
+            assert (
+                rooted is None
+                if rr.rank() != root
+                else bits_of(rooted) == bits_of(rr_last(x, total))
+            )
             y = make(framework, mine, dtype)
             assert rr.allreduce_(y, op) is y
             assert_equal(y, total, (dtype, op, shape))
@@ -87,7 +93,11 @@ def test_world_collectives(world, dtype):
 
 
 def rr_last(x, total):
-    return make("numpy" if isinstance(x, np.ndarray) else "torch", total, str(x.dtype).removeprefix("torch."))
+    return make(
+        "numpy" if isinstance(x, np.ndarray) else "torch",
+        total,
+        str(x.dtype).removeprefix("torch."),
+    )
 
 
 @pytest.mark.world
@@ -115,7 +125,11 @@ def test_world_unequal_and_strided(world):
     rows = np.arange((rr.rank() + 1) * 2.0).reshape(-1, 2)
     gathered = rr.allgather(rows)
     assert gathered.shape == (rr.size() * (rr.size() + 1) // 2, 2)
-    x = torch.arange(12.0).view(3, 4).t() if rr.rank() % 2 else torch.arange(12.0).view(3, 4).t().contiguous()
+    x = (
+        torch.arange(12.0).view(3, 4).t()
+        if rr.rank() % 2
+        else torch.arange(12.0).view(3, 4).t().contiguous()
+    )
     assert torch.equal(rr.allreduce(x), rr.size() * torch.arange(12.0).view(3, 4).t())
 
 
@@ -179,8 +193,21 @@ def test_world_bits_are_the_same_everywhere(world):
 @pytest.mark.parametrize(("size", "algorithm"), [(2, "tree"), (5, "auto")])
 def test_under_mpirun(mpirun, size, algorithm):
     """Every rank runs the tests above, and says that it has."""
-    tests = ["-m", "pytest", "-q", "-m", "world", "-p", "no:cacheprovider", str(TESTS / "test_mpirun.py")]
-    environment = {"RINGREDUCE_ALGORITHM": algorithm, "EXPECTED_SIZE": str(size), "RINGREDUCE_TIMEOUT": "40"}
+    tests = [
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "world",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS / "test_mpirun.py"),
+    ]
+    environment = {
+        "RINGREDUCE_ALGORITHM": algorithm,
+        "EXPECTED_SIZE": str(size),
+        "RINGREDUCE_TIMEOUT": "40",
+    }
     done = mpirun(size, tests, timeout_s=150, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" passed") == size, done.stdout

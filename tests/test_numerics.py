@@ -1,5 +1,5 @@
-"""What the numbers are worth: rounding within its bound, the same bits on all ranks and in all runs, rank order
-where it is promised, and the values at the edges of each type."""
+"""What the numbers are worth: rounding within its bound, the same bits on all ranks and in all
+runs, rank order where it is promised, and the values at the edges of each type."""
 
 import contextlib
 import itertools
@@ -30,7 +30,7 @@ IN_RANK_ORDER = ("auto", "one_shot", "two_shot")
 
 
 def random_values(count, dtype, *seed):
-    """Both signs, over many powers of two, as the dtype stores them; no two orders of summation agree."""
+    """Of both signs, over many powers of two: no two orders of summation agree."""
     random = generator(count, dtype, *seed)
     values = random.standard_normal(count) * 2.0 ** random.integers(-8, 8, count)
     return values_of(make("torch", values, dtype))
@@ -66,7 +66,9 @@ def test_sums_are_within_the_rounding_bound(ranks, size, algorithm):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_same_bits_on_all_ranks_and_in_all_runs(ranks, size, algorithm):
     counts = (1, 1000, 40011)
-    inputs = {(d, n): [random_values(n, d, rank) for rank in range(size)] for d in FLOATS for n in counts}
+    inputs = {
+        (d, n): [random_values(n, d, rank) for rank in range(size)] for d in FLOATS for n in counts
+    }
 
     def bits(comm):
         results = []
@@ -85,7 +87,7 @@ def test_the_same_bits_on_all_ranks_and_in_all_runs(ranks, size, algorithm):
 @pytest.mark.parametrize("algorithm", IN_RANK_ORDER)
 @pytest.mark.parametrize("size", SIZES)
 def test_sums_are_in_rank_order_wherever_an_element_lies(ranks, size, algorithm):
-    """The bits of an element depend on the inputs alone: not on count, offset, grouping, slice or memory."""
+    """An element's bits depend on the inputs alone: not on count, offset, grouping or memory."""
     count = 120007
     pieces = [(0, count), (1, 40000), (3, 3 + 9), (517, 518), (70000, count), (64, 64 + 4096)]
     dtypes = ("float32", "bfloat16") if size > 3 else FLOATS
@@ -108,7 +110,12 @@ def test_sums_are_in_rank_order_wherever_an_element_lies(ranks, size, algorithm)
                 assert bits_of(symmetric) == bits_of(whole), case  # nothing else was written
             parts = [whole[begin:end] for begin, end in pieces]
             for (begin, end), result in zip(pieces, comm.grouped_allreduce(parts, op), strict=True):
-                assert bits_of(result) == bits_of(expected[begin:end]), (dtype, op, begin, "grouped")
+                assert bits_of(result) == bits_of(expected[begin:end]), (
+                    dtype,
+                    op,
+                    begin,
+                    "grouped",
+                )
             assert bits_of(comm.reduce_scatter(whole, op)) == bits_of(
                 torch.tensor_split(expected, size)[comm.rank]
             )
@@ -121,7 +128,7 @@ def test_sums_are_in_rank_order_wherever_an_element_lies(ranks, size, algorithm)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 def test_16_bit_sums_are_accumulated_in_32_bits(ranks, dtype, algorithm):
-    """In 16 bits each of the small numbers would vanish in the large one, and a large sum overflow."""
+    """In 16 bits each of the small numbers would vanish in the large one, a large sum overflow."""
     large = 2048.0 if dtype == "float16" else 256.0
     most = 60000.0 if dtype == "float16" else 3e38
     size = 8
@@ -139,14 +146,16 @@ def test_16_bit_sums_are_accumulated_in_32_bits(ranks, dtype, algorithm):
         if dtype == "bfloat16":
             x /= size  # bfloat16 has float32's range: partial sums must fit
         value = float(x[0].abs())
-        assert (comm.allreduce(x).float() == torch.tensor((2 - size) * value).to(x.dtype).float()).all()
+        assert (
+            comm.allreduce(x).float() == torch.tensor((2 - size) * value).to(x.dtype).float()
+        ).all()
 
     ranks(size, check, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_16_bit_pattern_survives(ranks, algorithm):
-    """Widened, combined with what changes nothing, and narrowed: the same number, denormals included."""
+    """Widened, combined with what changes nothing, and narrowed: still the same number."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 
     def check(comm):
@@ -196,13 +205,17 @@ def test_nan_and_infinity(ranks, size, algorithm):
 def test_even_nan_and_zero_have_the_same_bits_everywhere(ranks, size, algorithm):
     def bits(comm):
         results = []
-        for dtype, count in itertools.product(("float64", "float32", "float16", "bfloat16"), (1, 19, 20011)):
+        for dtype, count in itertools.product(
+            ("float64", "float32", "float16", "bfloat16"), (1, 19, 20011)
+        ):
             integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[item_bytes(dtype)]
             x = torch.full((count,), float("nan"), dtype=getattr(torch, dtype))
             x.view(integers)[:] ^= comm.rank + 1  # another payload on each rank
             x[1::3] = -0.0 if comm.rank % 2 else 0.0
             x[2::3] = float("inf") if comm.rank % 2 else -float("inf")
-            results += [bits_of(comm.allreduce(x, op)) for op in ("sum", "avg", "min", "max", "prod")]
+            results += [
+                bits_of(comm.allreduce(x, op)) for op in ("sum", "avg", "min", "max", "prod")
+            ]
         return results
 
     first = ranks(size, bits, algorithm=algorithm)
@@ -303,7 +316,17 @@ def test_flushed_denormals_do_not_change_16_bit_numbers(ranks):
 
 def test_dtype_names_of_numpy_and_torch_mean_the_same(ranks):
     def check(comm):
-        for dtype in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"):
+        for dtype in (
+            "float64",
+            "float32",
+            "float16",
+            "int64",
+            "int32",
+            "int16",
+            "int8",
+            "uint8",
+            "bool",
+        ):
             x = np.ones(3, numpy_dtype(dtype))
             sums = comm.allreduce(x) if comm.rank else comm.allreduce(make("torch", x, dtype))
             assert values_of(sums).tolist() == [1 if dtype == "bool" else 2] * 3

@@ -1,5 +1,5 @@
-"""Random programs of collectives, against a model of what they do: any mixture of kinds, dtypes, layouts, memory,
-blocking and asynchronous calls, waited for in another order on each rank."""
+"""Random programs of collectives, against a model of what they do: any mixture of kinds, dtypes,
+layouts, memory, blocking and asynchronous calls, waited for in another order on each rank."""
 
 import random
 import time
@@ -32,8 +32,23 @@ SETTINGS = settings(
 TIME_LIMIT_S = 30
 
 KINDS = (
-    *("allreduce", "allreduce out", "allreduce in place", "grouped", "grouped in place", "symmetric"),
-    *("reduce_scatter", "allgather", "broadcast", "broadcast in place", "reduce", "barrier", "mismatch"),
+    *(
+        "allreduce",
+        "allreduce out",
+        "allreduce in place",
+        "grouped",
+        "grouped in place",
+        "symmetric",
+    ),
+    *(
+        "reduce_scatter",
+        "allgather",
+        "broadcast",
+        "broadcast in place",
+        "reduce",
+        "barrier",
+        "mismatch",
+    ),
 )
 LAYOUTS = ("contiguous", "transposed", "stepped", "reversed", "offset")
 
@@ -90,7 +105,11 @@ def lay_out(framework, values, dtype, layout):
         return x
     if layout == "transposed":
         back = tuple(range(values.ndim))[::-1]
-        y = np.ascontiguousarray(x.transpose()) if framework == "numpy" else x.permute(back).contiguous()
+        y = (
+            np.ascontiguousarray(x.transpose())
+            if framework == "numpy"
+            else x.permute(back).contiguous()
+        )
         return y.transpose() if framework == "numpy" else y.permute(back)
     rows, rest = values.shape[0], values.shape[1:]
     memory = make(framework, np.zeros((2 * rows + 3, *rest)), dtype)

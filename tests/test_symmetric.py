@@ -1,5 +1,5 @@
-"""Symmetric tensors: reduced in place without a copy, whole or in parts, mixed with private memory; and their life,
-which every rank ends when it likes."""
+"""Symmetric tensors: reduced in place without a copy, whole or in parts, mixed with private memory;
+and their life, which every rank ends when it likes."""
 
 import contextlib
 import gc
@@ -48,7 +48,9 @@ def cores(request):
 
 def test_what_empty_gives(ranks):
     def check(comm):
-        for dtype, shape in itertools.product(DTYPES, [(), (0,), (3,), 5, [2, 3], (4, 0, 2), (7, 5, 3)]):
+        for dtype, shape in itertools.product(
+            DTYPES, [(), (0,), (3,), 5, [2, 3], (4, 0, 2), (7, 5, 3)]
+        ):
             x = comm.empty(shape, getattr(torch, dtype))
             assert type(x) is torch.Tensor and x.dtype == getattr(torch, dtype)
             assert tuple(x.shape) == tuple(torch.empty(shape).shape) and x.is_contiguous()
@@ -58,7 +60,11 @@ def test_what_empty_gives(ranks):
             y = comm.empty(shape, dtype, "cpu")
             assert type(y) is np.ndarray and y.dtype == np.dtype(dtype) and y.flags.writeable
             assert y.shape == tuple(x.shape) and y.flags.c_contiguous
-            assert comm.empty(shape, np.dtype(dtype)).dtype == comm.empty(shape, y.dtype.type).dtype == dtype
+            assert (
+                comm.empty(shape, np.dtype(dtype)).dtype
+                == comm.empty(shape, y.dtype.type).dtype
+                == dtype
+            )
             if x.numel():
                 assert address_of(x) % 64 == 0 and address_of(y) % 64 == 0
                 assert is_symmetric(comm, x) and is_symmetric(comm, y)
@@ -77,10 +83,20 @@ def test_allreduce_in_symmetric_memory(ranks, cores, size, algorithm):
         (dtype, op, count)
         for dtype in DTYPES
         for op in ops_of(dtype)
-        for count in (0, 1, size, 1009, slice_counts[dtype] - 1, size * slice_counts[dtype] + 1, 150_001)
+        for count in (
+            0,
+            1,
+            size,
+            1009,
+            slice_counts[dtype] - 1,
+            size * slice_counts[dtype] + 1,
+            150_001,
+        )
     ]
     cases = share(every, 0.07, size, algorithm, cores, ranks.__name__)
-    inputs = [[exact_values((count,), d, op, rank) for rank in range(size)] for d, op, count in cases]
+    inputs = [
+        [exact_values((count,), d, op, rank) for rank in range(size)] for d, op, count in cases
+    ]
     totals = [reduced(stack, op, d) for stack, (d, op, _) in zip(inputs, cases, strict=True)]
 
     def check(comm):
@@ -108,7 +124,9 @@ def test_allreduce_in_symmetric_memory(ranks, cores, size, algorithm):
 def test_parts_at_other_offsets_on_each_rank(ranks, cores, size):
     """Also into another tensor, and where some ranks' memory is private."""
     count = 140_000
-    inputs = [generator("parts", rank).standard_normal(count).astype(np.float32) for rank in range(size)]
+    inputs = [
+        generator("parts", rank).standard_normal(count).astype(np.float32) for rank in range(size)
+    ]
     total = reduced(inputs, "sum", "float32")
 
     def check(comm):
@@ -164,7 +182,9 @@ def test_every_collective_takes_them(ranks):
             def fresh(x=x):
                 return x.copy_(torch.arange(x.numel()).view(x.shape) + comm.rank)
 
-            every = torch.stack([torch.arange(x.numel()).view(x.shape).int() + r for r in range(comm.size)])
+            every = torch.stack(
+                [torch.arange(x.numel()).view(x.shape).int() + r for r in range(comm.size)]
+            )
             total = every.sum(0).int()
             part = torch.tensor_split(total, comm.size)[comm.rank]
             assert torch.equal(comm.reduce_scatter(fresh()), part)
@@ -239,7 +259,7 @@ def test_a_view_keeps_the_memory(ranks):
 
 @pytest.mark.parametrize("size", (2, 5))
 def test_ranks_drop_them_when_they_like(ranks, size):
-    """No rank's tensor is overwritten by another's, however differently the ranks let go of theirs."""
+    """No tensor is overwritten by another, however differently the ranks let go of theirs."""
 
     def check(comm):
         agreed, own = random.Random(11), random.Random(comm.rank)

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "algorithms/one_shot.h"
 #include "algorithms/ring.h"
@@ -108,9 +110,23 @@ void run_staged(Algorithm algorithm, World& world) {
   });
 }
 
+void validate(const Problem& problem, const Machine& machine) {
+  const Reduction& reduction = problem.reduction;
+  if (problem.chunk == 0) throw std::invalid_argument("a chunk has at least one element");
+  if (machine.slots == 0) throw std::invalid_argument("a FIFO has at least one slot");
+  if (reduction.size != problem.blocks.size() || reduction.size < 1) {
+    throw std::invalid_argument("there is one block for each rank, and at least one rank");
+  }
+  if (!supports(reduction.op, reduction.dtype)) {
+    throw std::invalid_argument(std::string(name_of(reduction.op)) + " is not defined for " +
+                                name_of(reduction.dtype));
+  }
+}
+
 }  // namespace
 
 Outcome simulate(Algorithm algorithm, const Problem& problem, const Machine& machine) {
+  validate(problem, machine);
   const size_t size = static_cast<size_t>(problem.blocks.size());
   if (size == 1) {
     if (problem.outputs != problem.inputs) {
@@ -146,6 +162,26 @@ Outcome simulate(Algorithm algorithm, const Problem& problem, const Machine& mac
   double finish_s = 0;
   for (const Counts& counts : world.counts) finish_s = std::max(finish_s, counts.finish_s);
   return {world.fibers.failure(), std::move(world.counts), finish_s};
+}
+
+std::optional<Cost> cost_of(Algorithm algorithm, const Problem& problem, int rank) {
+  const Blocks& blocks = problem.blocks;
+  switch (algorithm) {
+    case Algorithm::ring_allreduce:
+      return ring_allreduce_cost(blocks, problem.chunk, rank);
+    case Algorithm::ring_reduce_scatter:
+      return ring_reduce_scatter_cost(blocks, problem.chunk, rank);
+    case Algorithm::ring_allgather:
+      return ring_allgather_cost(blocks, problem.chunk, rank);
+    case Algorithm::tree_allreduce:
+      return tree_allreduce_cost(blocks.count(), blocks.size(), problem.chunk, rank);
+    case Algorithm::one_shot:
+      return one_shot_cost(blocks.count(), blocks.size());
+    case Algorithm::two_shot:
+      return two_shot_cost(blocks, rank);
+    default:
+      return std::nullopt;
+  }
 }
 
 }  // namespace ringreduce::sim

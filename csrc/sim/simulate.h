@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "algorithms/cost.h"
 #include "base/chunk.h"
 #include "reduce/reduce.h"
 #include "sim/machine.h"
@@ -49,7 +51,12 @@ struct Outcome {
   double finish_s = 0;        // of the last rank
 };
 
-/// A world of one runs no algorithm: its output is its input.
+/// A world of one runs no algorithm: its output is its input. Throws std::invalid_argument for a
+/// problem or a machine that make no sense; what goes wrong while ranks run is in the outcome.
 Outcome simulate(Algorithm algorithm, const Problem& problem, const Machine& machine);
+
+/// What cost.h says of it, for one rank. Nothing for staged rounds: they move what two_shot does,
+/// but how much of the waiting is hidden depends on the lead.
+std::optional<Cost> cost_of(Algorithm algorithm, const Problem& problem, int rank);
 
 }  // namespace ringreduce::sim

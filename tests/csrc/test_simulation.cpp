@@ -168,22 +168,10 @@ void check_results(const Case& test, const Tensors<Element>& outputs) {
   }
 }
 
+/// Not of staged rounds.
 Cost cost_of(const Case& test, int rank) {
-  const size_t count = test.blocks.count();
-  switch (test.algorithm) {
-    case Algorithm::ring_allreduce:
-      return ring_allreduce_cost(test.blocks, test.chunk, rank);
-    case Algorithm::ring_reduce_scatter:
-      return ring_reduce_scatter_cost(test.blocks, test.chunk, rank);
-    case Algorithm::ring_allgather:
-      return ring_allgather_cost(test.blocks, test.chunk, rank);
-    case Algorithm::tree_allreduce:
-      return tree_allreduce_cost(count, test.size(), test.chunk, rank);
-    case Algorithm::one_shot:
-      return one_shot_cost(count, test.size());
-    default:
-      return two_shot_cost(test.blocks, rank);
-  }
+  const Problem problem{{}, test.blocks, test.chunk, nullptr, nullptr};
+  return *sim::cost_of(test.algorithm, problem, rank);
 }
 
 /// Where the formulas for the ring are exact: no block runs out of chunks before the last round.
