@@ -63,7 +63,7 @@ def guard(bootstrap: Bootstrap) -> None:
 
 
 def _die_with_launcher() -> None:
-    """Open MPI's ranks notice that mpirun was killed only within MPI calls, of which we make few."""
+    """Open MPI tells ranks that mpirun was killed only within MPI calls, and we make few."""
     try:
         parent = Path(f"/proc/{os.getppid()}/comm").read_text().strip()
     except OSError:

@@ -230,7 +230,7 @@ class _Torch:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._strided = torch.strided
-        # The public function checks again what is known here, which would double a small call's cost.
+        # The public function checks again what is known here, at twice a small call's cost.
         self._increment_version = getattr(
             torch._C, "_increment_version", torch.autograd.graph.increment_version
         )

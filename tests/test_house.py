@@ -46,7 +46,7 @@ PYTHON_ORDER = (
     *("tensors", "work", "bootstrap", "launch"),
     *("communicator", "ending", "world"),
     *("collectives", "broadcasting"),
-    *("buckets", "gradients", "model"),
+    *("buckets", "gradients", "agreement", "model"),
     *("__init__", "testing"),
     *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench", "info"),
 )
@@ -55,7 +55,7 @@ UPWARD = {("communicator", "broadcasting")}
 # Who may know torch: its arrays, its store, its models, and the programs.
 TORCH_MODULES = {
     *("tensors", "bootstrap", "launch"),
-    *("broadcasting", "buckets", "gradients", "model"),
+    *("broadcasting", "buckets", "gradients", "agreement", "model"),
     *("bench_peers", "bench", "info"),
 }
 WORDS = {

@@ -8,5 +8,6 @@ namespace ringreduce {
 void register_errors(nanobind::module_& m);
 void register_words(nanobind::module_& m);
 void register_communicator(nanobind::module_& m);
+void register_simulation(nanobind::module_& m);
 
 }  // namespace ringreduce

@@ -5,8 +5,11 @@
 #include "bindings/bindings.h"
 
 NB_MODULE(_core, m) {
+  // Objects kept by a reference cycle of the user's are no leak of ours.
+  nanobind::set_leak_warnings(false);
   m.doc() = "The native core of ringreduce. Use the package's functions instead.";
   ringreduce::register_errors(m);
   ringreduce::register_words(m);
   ringreduce::register_communicator(m);
+  ringreduce::register_simulation(m);
 }
