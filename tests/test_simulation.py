@@ -1,5 +1,8 @@
 """The simulator as Python sees it: results against numpy, counts against the formulas, errors."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,7 +20,9 @@ def messages(size: int, count: int, dtype: str = "int64") -> Array:
     return np.random.default_rng(size * 1000 + count).integers(-4, 5, (size, count)).astype(dtype)
 
 
-def simulate(algorithm: str, inputs: Array, op: str = "sum", chunk: int = 4, **options):
+def simulate(
+    algorithm: str, inputs: Array, op: str = "sum", chunk: int = 4, **options: Any
+) -> dict[str, Any]:
     """_core.simulate, but for elements instead of bytes."""
     size, count = inputs.shape
     as_bytes = np.ascontiguousarray(inputs).view(np.uint8).reshape(size, -1)
@@ -48,7 +53,9 @@ def test_allreduce(algorithm: str, size: int) -> None:
         ("sum", "complex64", lambda x: x.sum(axis=0)),
     ],
 )
-def test_ops_and_dtypes(algorithm: str, op: str, dtype: str, reduced) -> None:
+def test_ops_and_dtypes(
+    algorithm: str, op: str, dtype: str, reduced: Callable[[Array], Array]
+) -> None:
     inputs = messages(7, 50, dtype)
     assert np.array_equal(
         simulate(algorithm, inputs, op)["outputs"], np.tile(reduced(inputs), (7, 1))

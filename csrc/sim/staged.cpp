@@ -72,8 +72,9 @@ void Staged::reduce_block(int block, size_t round) {
     const Target target{data.data(), Format::storage};
     reduce(message_.reduction, {&target, 1}, sources, chunk.length);
   });
-  for (int peer = 0; peer < blocks_.size(); ++peer)
+  for (int peer = 0; peer < blocks_.size(); ++peer) {
     staging_.slot(peer, number).contributions.close();
+  }
   fetched((sources.size() - 1) * chunk.length);
   staging_.rounds_[number].combined.push_back(fibers_.clock());
 }

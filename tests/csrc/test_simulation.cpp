@@ -13,12 +13,10 @@
 #include <vector>
 
 #include "algorithms/cost.h"
-#include "algorithms/one_shot.h"
 #include "algorithms/ring.h"
 #include "algorithms/tree.h"
 #include "base/half.h"
 #include "sim/simulate.h"
-#include "sim/window.h"
 #include "sim/wire.h"
 
 namespace ringreduce::sim {
@@ -358,18 +356,34 @@ void test_tree_places() {
   }
 }
 
-/// What tree_allreduce would be without its skew: each chunk goes up and down before the next one.
-double time_of_plain_tree(int size, size_t count, size_t chunk) {
-  const Machine machine;
-  Fibers fibers(size, Order::by_time, 0);
+struct WireRun {
+  std::string failure;
+  double finish_s;
+};
+
+/// Runs body(rank, wire) on every rank. What it reduces are zeros.
+template <class Body>
+WireRun run_on_wires(int size, size_t count, size_t slots, Body body) {
+  Machine machine;
+  machine.slots = slots;
+  Fibers fibers(size, machine.order, 0);
   Network network(fibers, machine, size);
   std::vector<int64_t> memory(count);
-  char* data = reinterpret_cast<char*>(memory.data());
-  const Message message{
-      {Dtype::i64, Op::max, size}, sizeof(int64_t), {{0, count, data}}, {{0, count, data}}};
+  const Runs runs{{0, count, reinterpret_cast<char*>(memory.data())}};
+  const Message message{{Dtype::i64, Op::max, size}, sizeof(int64_t), runs, runs};
   std::vector<Counts> counts(static_cast<size_t>(size));
   fibers.run([&](int rank) {
     Wire wire(network, rank, message, counts[static_cast<size_t>(rank)]);
+    body(rank, wire);
+  });
+  double finish_s = 0;
+  for (const Counts& each : counts) finish_s = std::max(finish_s, each.finish_s);
+  return {fibers.failure(), finish_s};
+}
+
+/// What tree_allreduce would be without its skew: each chunk goes up and down before the next one.
+WireRun run_plain_tree(int size, size_t count, size_t chunk) {
+  return run_on_wires(size, count, 2, [&](int rank, Wire& wire) {
     const TreePart parts[] = {TreePart::of(0, rank, size, count),
                               TreePart::of(1, rank, size, count)};
     for (size_t i = 0; i < (count / 2 + chunk - 1) / chunk; ++i) {
@@ -377,8 +391,6 @@ double time_of_plain_tree(int size, size_t count, size_t chunk) {
       for (const TreePart& part : parts) tree_down(wire, part, part.half.piece(i, chunk));
     }
   });
-  check(!fibers.stopped(), "plain tree: " + fibers.failure());
-  return fibers.clock_of(0);
 }
 
 void test_tree_pipelines() {
@@ -387,31 +399,12 @@ void test_tree_pipelines() {
   const double skewed =
       run<Int64>({Algorithm::tree_allreduce, Blocks::even(count, 64), chunk}, outputs).finish_s;
   check(skewed == 2 * 6 + 64 - 1, "64 ranks, 64 chunks: " + std::to_string(skewed) + " steps");
-  const double plain = time_of_plain_tree(64, count, chunk);
-  std::printf("  tree, 64 ranks, 64 chunks: %g steps; without the skew %g\n", skewed, plain);
-  check(plain > 8 * skewed, "the skew is worth it");
+  const WireRun plain = run_plain_tree(64, count, chunk);
+  check(plain.failure.empty() && plain.finish_s >= 2 * 6 * 64,
+        "without the skew no two chunks are under way, so it takes 2 H C steps or more");
 }
 
 // ---- What the simulation itself finds
-
-/// Runs body(rank, wire) on ranks that add up `count` numbers; returns the failure.
-template <class Body>
-std::string failure_on_wires(int size, size_t count, size_t slots, Body body) {
-  Machine machine;
-  machine.slots = slots;
-  Fibers fibers(size, machine.order, 0);
-  Network network(fibers, machine, size);
-  std::vector<int64_t> memory(count);
-  char* data = reinterpret_cast<char*>(memory.data());
-  const Message message{
-      {Dtype::i64, Op::max, size}, sizeof(int64_t), {{0, count, data}}, {{0, count, data}}};
-  std::vector<Counts> counts(static_cast<size_t>(size));
-  fibers.run([&](int rank) {
-    Wire wire(network, rank, message, counts[static_cast<size_t>(rank)]);
-    body(rank, wire);
-  });
-  return fibers.failure();
-}
 
 void check_contains(const std::string& text, const std::string& part) {
   check(text.find(part) != std::string::npos, "\"" + text + "\" should say \"" + part + "\"");
@@ -420,58 +413,59 @@ void check_contains(const std::string& text, const std::string& part) {
 void test_deadlocks_and_wrong_schedules_are_found() {
   const Chunk one{0, 1}, two{0, 2};
   // Everybody waits for the one before.
-  std::string failure = failure_on_wires(3, 2, 2, [&](int rank, Wire& wire) {
+  WireRun run = run_on_wires(3, 2, 2, [&](int rank, Wire& wire) {
     const Ring ring{rank, 3};
     wire.recv_copy_send(ring.previous(), ring.next(), one);
   });
-  check_contains(failure, "deadlock");
-  check_contains(failure, "rank 1 waits for a message from rank 0");
+  check_contains(run.failure, "deadlock");
+  check_contains(run.failure, "rank 1 waits for a message from rank 0");
   // Nobody empties the slots.
-  failure = failure_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
+  run = run_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
     for (int i = 0; i < 3; ++i) wire.send(Ring{rank, 2}.next(), one);
   });
-  check_contains(failure, "rank 0 waits for a free slot to rank 1");
+  check_contains(run.failure, "rank 0 waits for a free slot to rank 1");
   // One rank leaves the collective early.
-  failure = failure_on_wires(4, 64, 2, [&](int rank, Wire& wire) {
+  run = run_on_wires(4, 64, 2, [&](int rank, Wire& wire) {
     if (rank != 2) tree_allreduce(wire, rank, 4, 64, 2);
   });
-  check_contains(failure, "rank 2 has finished");
+  check_contains(run.failure, "rank 2 has finished");
+  // Two slots are enough for ring and tree, and one is not.
+  run = run_on_wires(4, 64, 1, [&](int rank, Wire& wire) {
+    ring_allgather(wire, Ring{rank, 4}, Blocks::even(64, 4), 2);
+  });
+  check_contains(run.failure, "deadlock");
+  run = run_on_wires(4, 64, 1, [&](int rank, Wire& wire) { tree_allreduce(wire, rank, 4, 64, 2); });
+  check_contains(run.failure, "deadlock");
   // Ranks disagree on the chunk, and on what a message is.
-  failure = failure_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
+  run = run_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
     wire.send(Ring{rank, 2}.next(), rank == 0 ? one : two);
     wire.recv_reduce_copy_send(Ring{rank, 2}.previous(), {}, one);
   });
-  check_contains(failure, "expects [0, 1) of partial sums");
-  failure = failure_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
+  check_contains(run.failure, "expects [0, 1) of partial sums");
+  run = run_on_wires(2, 2, 2, [&](int rank, Wire& wire) {
     wire.send(Ring{rank, 2}.next(), one);
     wire.recv_copy_send(Ring{rank, 2}.previous(), {}, one);
   });
-  check_contains(failure, "expects [0, 1) of results");
+  check_contains(run.failure, "expects [0, 1) of results");
 }
 
-/// Ranks that disagree on the count all hear of it, and nobody's memory is touched.
-void test_mismatch() {
-  const int size = 3;
-  const Machine machine;
-  Fibers fibers(size, machine.order, 0);
-  SharedMemory shared(fibers, machine, Blocks::even(8, size), 4);
-  std::vector<int64_t> outputs(8 * size, 7);
-  int refused = 0;
-  fibers.run([&](int rank) {
-    const size_t count = rank == 1 ? 8 : 6;
-    std::vector<int64_t> input(count, 1);
-    const Message message{
-        {Dtype::i64, Op::sum, size},
-        sizeof(int64_t),
-        {{0, count, reinterpret_cast<char*>(input.data())}},
-        {{0, count, reinterpret_cast<char*>(&outputs[static_cast<size_t>(rank) * 8])}}};
-    Counts counts;
-    Window window(shared, rank);
-    window.begin(message, counts);
-    refused += !one_shot_allreduce(window, count);
-  });
-  check(refused == size && !fibers.stopped(), "a mismatch is seen by all");
-  check(outputs == std::vector<int64_t>(8 * size, 7), "a mismatch changes nothing");
+/// Collectives follow each other on the same wires, and ranks do not meet in between.
+void test_collectives_in_a_row() {
+  for (int size = 2; size <= 33; ++size) {
+    const size_t count = 61;
+    const Blocks blocks = Blocks::even(count, size);
+    const WireRun run = run_on_wires(size, count, 2, [&](int rank, Wire& wire) {
+      const Ring ring{rank, size};
+      for (const size_t chunk : {1, 5}) {
+        tree_allreduce(wire, rank, size, count, chunk);
+        ring_allreduce(wire, ring, blocks, chunk);
+        ring_allgather(wire, ring, Blocks::single(count, size, size / 2), chunk);
+        ring_reduce_scatter(wire, ring, blocks, chunk);
+      }
+    });
+    check(run.failure.empty(),
+          "collectives in a row, by " + std::to_string(size) + ": " + run.failure);
+  }
 }
 
 void test_all() {
@@ -482,7 +476,7 @@ void test_all() {
   test_times();
   test_timing_changes_nothing();
   test_deadlocks_and_wrong_schedules_are_found();
-  test_mismatch();
+  test_collectives_in_a_row();
 }
 
 }  // namespace

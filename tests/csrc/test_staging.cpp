@@ -269,11 +269,31 @@ void test_one_shot_needs_two_places() {
   }
 }
 
+/// Ranks that disagree on the number of elements all hear of it, and nobody's memory is touched.
+void test_mismatch() {
+  const int size = 3;
+  const Machine machine;
+  Fibers fibers(size, machine.order, 0);
+  SharedMemory shared(fibers, machine, Blocks::even(8, size), 4);
+  int refused = 0, untouched = 0;
+  fibers.run([&](int rank) {
+    const size_t count = rank == 1 ? 8 : 6;
+    Tensors tensors(rank, size, count, 0);
+    Counts counts;
+    Window window(shared, rank);
+    window.begin(tensors.message, counts);
+    refused += !one_shot_allreduce(window, count);
+    untouched += tensors.outputs == std::vector<int64_t>(count);
+  });
+  check(refused == size && untouched == size && !fibers.stopped(), "a mismatch is seen by all");
+}
+
 void test_all() {
   test_every_order();
   test_safe_depth_is_safe();
   test_less_is_found_out();
   test_one_shot_needs_two_places();
+  test_mismatch();
 }
 
 }  // namespace
