@@ -109,7 +109,12 @@ def test_timing_changes_no_bit(algorithm: str) -> None:
     first = simulate(algorithm, inputs)["outputs"]
     assert (first == first[0]).all()
     for seed in range(10):
-        options = {"random_order": True, "max_delay_s": 7.0, "seed": seed, "claims": seed % 2 == 1}
+        options: dict[str, Any] = {
+            "random_order": True,
+            "max_delay_s": 7.0,
+            "seed": seed,
+            "claims": seed % 2 == 1,
+        }
         assert np.array_equal(simulate(algorithm, inputs, **options)["outputs"], first)
 
 

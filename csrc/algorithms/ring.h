@@ -3,7 +3,8 @@
 // sends 2 (p - 1) / p of the message, the least that any allreduce can.
 //
 // The message is cut into p blocks, block r ending at rank r; blocks are cut into chunks, and each
-// round moves one chunk of every block. cost.h has the steps and the elements sent.
+// round moves one chunk of every block. cost.h has the steps and the elements sent. Two ranks at
+// least: a ring of one would add its own data twice.
 //
 // A Wire moves one chunk per call, and blocks until its slots are free or full:
 //   send(to, chunk)                          my contribution

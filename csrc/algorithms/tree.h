@@ -5,10 +5,10 @@
 //
 // Depth of a rank: d; height of the trees: H; chunks per half: C. The schedule is skewed: at step s
 // a rank moves chunk s - (H - d) up and chunk s - (H + d) down, so that every message is received
-// exactly one step after it was sent, and all chunks are under way at once: 2 H + C steps. Going up
-// and then down chunk by chunk would not pipeline: 2 H C steps. Two slots per FIFO are enough: by
-// induction over the steps, the slot a message needs was emptied the step before. The Wire is the
-// ring's (ring.h).
+// exactly one step after it was sent, and all chunks are under way at once: 2 H + C - 1 messages
+// one after the other. Without the skew, up and down chunk by chunk, 64 ranks with 64 chunks take
+// 1089 steps in place of 75. Two slots per FIFO are enough: by induction over the steps, the slot a
+// message needs was emptied the step before. The Wire is the ring's (ring.h).
 #pragma once
 
 #include "algorithms/topology.h"

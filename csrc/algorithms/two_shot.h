@@ -4,13 +4,16 @@
 //
 // A Window is memory of every rank that all can reach. If the tensors themselves lie there
 // (symmetric), a slice is read from p inputs and stored to p outputs: every input is read once and
-// every output written once, the least that is possible. Tensors anywhere else are staged: copied
-// through the window in rounds, and the three phases of a round are skewed against each other, so
-// that ranks rarely wait:
-//   symmetric:  arrive() -> all have come and agree    next_slice(slice)    reduce_to_all(slice)
-//   done() staged:     prepare(round)  put my contribution into the window
-//               combine(round)  reduce the slices of the round that fall to me
-//               collect(round)  fetch what is finished
+// every output written once, the least that is possible. When all have come and agree:
+//   next_slice(slice)     a slice of the message that falls to me; false when there is none
+//   reduce_to_all(slice)  from all inputs to all outputs
+//   done()                returns when every output is complete
+//
+// Tensors anywhere else are staged: copied through the window in rounds. The three phases of a
+// round are skewed against each other, so that ranks rarely wait:
+//   prepare(round)  put my contribution into the window
+//   combine(round)  reduce what of the round falls to me
+//   collect(round)  fetch what is finished
 #pragma once
 
 #include "base/chunk.h"
@@ -25,7 +28,7 @@ RR_HOST_DEVICE void two_shot_allreduce(Window& window) {
 }
 
 /// Staged rounds. `lead`: by how many rounds each phase runs ahead of the next one; the window has
-/// room for 2 * lead + 1 rounds at least. Reduce_scatter is this without collect, allgather without
+/// room for 3 * lead + 2 rounds at least. Reduce_scatter is this without collect, allgather without
 /// combine.
 template <class Phases>
 RR_HOST_DEVICE void staged_rounds(Phases& phases, size_t rounds, size_t lead) {
