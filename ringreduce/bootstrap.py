@@ -12,6 +12,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -51,18 +52,29 @@ class Bootstrap(ABC):
 
     def open_core(self, name: str) -> _core.Communicator:
         """Collective: a communicator of the core over all these ranks, kept in `opened`."""
-        core = _core.Communicator(
-            self.rank,
-            self.size,
-            self.exchange,
+        core = self.make_core(self.rank, self.size, self.exchange, name)
+        self.opened.append(core)
+        return core
+
+    def make_core(
+        self,
+        rank: int,
+        size: int,
+        exchange: Callable[[bytes], list[bytes]],
+        name: str,
+        algorithm: str | None = None,
+    ) -> _core.Communicator:
+        """Collective over the ranks that exchange joins, all or some of these."""
+        return _core.Communicator(
+            rank,
+            size,
+            exchange,
             in_process=self.in_process,
             timeout_s=self.settings.timeout_s,
             warn_after_s=self.settings.warn_after_s,
-            algorithm=self.settings.algorithm,
+            algorithm=algorithm or self.settings.algorithm,
             name=name,
         )
-        self.opened.append(core)
-        return core
 
 
 class SelfBootstrap(Bootstrap):

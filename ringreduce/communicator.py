@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ringreduce import _core, tensors
-from ringreduce.errors import ResourceError
+from ringreduce.errors import MismatchError, ResourceError
 from ringreduce.tensors import Array, describe
 from ringreduce.work import Work
 
@@ -192,25 +192,41 @@ class Communicator:
         ends = itertools.accumulate(lengths)
         return [data[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
 
-    def split(self, color: int | None, key: int | None = None) -> Communicator | None:
+    def split(
+        self, color: int | None, key: int | None = None, *, algorithm: str | None = None
+    ) -> Communicator | None:
         """Collective: makes one communicator of all ranks that give the same color.
 
         color: any 64-bit integer; None takes part and gets None. key: orders the ranks of the new
-        communicator; equal keys, and all by default, in the order of this one. Raises ResourceError
-        on all ranks of a group if one of them could not be set up.
+        communicator; equal keys, and all by default, in the order of this one. algorithm: of the
+        new communicator, in place of the setting. Raises ResourceError on all ranks of a group if
+        one of them could not be set up, MismatchError if they give different algorithms.
         """
-        mine = b"" if color is None else _pack_color(color, self.rank if key is None else key)
+        if algorithm is not None and algorithm not in _core.ALGORITHMS:
+            raise ValueError(
+                f"algorithm must be one of {', '.join(_core.ALGORITHMS)}, not {algorithm!r}"
+            )
+        mine = b""
+        if color is not None:
+            mine = _pack_color(color, self.rank if key is None else key)
+            mine += (algorithm or "").encode()
         self._num_splits += 1
         members = []
+        algorithms = {}
         for rank, message in enumerate(self.exchange(mine)):
             if mine and message[:8] == mine[:8]:
-                members.append((*struct.unpack("<qq", message)[1:], rank))
+                members.append((*struct.unpack("<q", message[8:16]), rank))
+                algorithms[rank] = message[16:].decode()
         exchange = _GroupExchange(self, [rank for _, rank in sorted(members)])
         if not mine:
             exchange.finish(b"")
             return None
+        if len(set(algorithms.values())) > 1:
+            exchange.finish(b"")
+            given = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in algorithms.items())
+            raise MismatchError(f"split({color}): ranks give different algorithms ({given})")
         name = f"{self.name}/{self._num_splits}.{color}"
-        return Communicator(exchange.open_core(name), self.bootstrap, name)
+        return Communicator(exchange.open_core(name, algorithm), self.bootstrap, name)
 
     def close(self) -> None:
         """Local: leaves the communicator without waiting. Later calls on it raise NotInitialized.
@@ -305,20 +321,12 @@ class _GroupExchange:
     def __call__(self, message: bytes) -> list[bytes]:
         return self._own(self._parent.exchange(b"+" + message))
 
-    def open_core(self, name: str) -> _core.Communicator:
+    def open_core(self, name: str, algorithm: str | None) -> _core.Communicator:
         """Collective over the parent; ranks without a group call finish instead."""
         bootstrap = self._parent.bootstrap
+        rank = self._members.index(self._parent.rank)
         try:
-            core = _core.Communicator(
-                self._members.index(self._parent.rank),
-                len(self._members),
-                self,
-                in_process=bootstrap.in_process,
-                timeout_s=bootstrap.settings.timeout_s,
-                warn_after_s=bootstrap.settings.warn_after_s,
-                algorithm=bootstrap.settings.algorithm,
-                name=name,
-            )
+            core = bootstrap.make_core(rank, len(self._members), self, name, algorithm)
         except Exception as error:
             self.finish(str(error).encode() or type(error).__name__.encode())
             raise

@@ -36,7 +36,11 @@ struct PyCommunicator {
   }
 
   void release_finished() {
-    while (!kept.empty() && kept.front().first->done()) kept.pop_front();
+    while (!kept.empty() && kept.front().first->done()) {
+      // Out of the queue first: an object that dies may run Python code that comes back here.
+      const auto finished = std::move(kept.front());
+      kept.pop_front();
+    }
   }
 };
 

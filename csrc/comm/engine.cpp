@@ -8,12 +8,12 @@
 
 namespace ringreduce {
 
-void Engine::execute(const Task& task, Work& work) {
+std::exception_ptr Engine::execute(const Task& task, Work& work) {
   try {
     task(work);
-    work.finish(nullptr);
+    return nullptr;
   } catch (...) {
-    work.finish(std::current_exception());
+    return std::current_exception();
   }
 }
 
@@ -59,10 +59,12 @@ void Engine::progress() {
     queue_.pop_front();
     busy_ = true;
     lock.unlock();
-    execute(entry.task, *entry.work);
-    entry = {};  // what the task holds is released before anybody may count on it
+    const std::exception_ptr error = execute(entry.task, *entry.work);
+    entry.task = nullptr;  // what it holds is released before anybody may count on it
     lock.lock();
     busy_ = false;
+    // Last: whoever has waited for it may find the engine idle.
+    entry.work->finish(error);
   }
   for (Entry& entry : queue_) {
     entry.work->finish(std::make_exception_ptr(
