@@ -183,7 +183,7 @@ def blank(shape: int | Sequence[int], dtype: Any, device: Any = None) -> Blank:
 class _Numpy:
     def __init__(self) -> None:
         self._dtypes: dict[np.dtype, int] = {}  # filled as dtypes are met
-        _core.learn_type(np.ndarray, None, None)
+        _core.learn_type(np.ndarray, None, None, None)
 
     def describe(self, x: np.ndarray, writable: bool) -> Array:
         dtype = self._dtypes.get(x.dtype)
@@ -241,7 +241,7 @@ class _Torch:
         table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
         if table is not None:
             for known in (torch.Tensor, torch.nn.Parameter):
-                _core.learn_type(known, table, self._increment_version)
+                _core.learn_type(known, table, torch.Tensor.is_neg, self._increment_version)
 
     def describe(self, x: Any, writable: bool) -> Array:
         dtype = self._dtypes.get(x.dtype)

@@ -296,6 +296,11 @@ class Refused:
                 ValueError,
                 "root",
             ),
+            *self.singles(comm),
+        ]
+
+    def singles(self, comm):
+        return [
             (lambda: comm.broadcast(self.x, 0.5), TypeError, ""),
             (lambda: comm.reduce_scatter(np.array(1.0)), ValueError, "0-d"),
             (lambda: comm.grouped_allreduce(self.x), TypeError, "list"),

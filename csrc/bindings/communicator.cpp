@@ -217,7 +217,7 @@ void drain(PyCommunicator& self, double timeout_s) {
 
 void register_communicator(nb::module_& m) {
   m.def("learn_type", &learn_type, nb::arg("type"), nb::arg("exchange_table").none(),
-        nb::arg("mark_written").none());
+        nb::arg("is_lazy").none(), nb::arg("mark_written").none());
 
   nb::class_<PyWork>(m, "Work")
       .def("wait", &wait_for, nb::arg("timeout_s") = nb::none())
@@ -241,10 +241,12 @@ void register_communicator(nb::module_& m) {
       .def_prop_ro("sequence", [core](PyCommunicator& self) { return core(self).sequence.load(); })
       .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
            nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"))
-      .def("allreduce_plain",
-           [](PyCommunicator& self, nb::handle x, int op) {
-             return allreduce_plain(*self.communicator, x, static_cast<Op>(op));
-           })
+      .def(
+          "allreduce_plain",
+          [](PyCommunicator& self, nb::handle x, int op) {
+            return allreduce_plain(*self.communicator, x, static_cast<Op>(op));
+          },
+          nb::arg("x").none(), nb::arg("op"))
       .def("allocate", &allocate)
       .def(
           "is_symmetric",

@@ -32,7 +32,8 @@ struct ExchangeTable {
 struct KnownType {
   PyTypeObject* type;
   const ExchangeTable* table;  // null: the buffer protocol
-  nb::object mark_written;     // called with [tensor] before its memory changes; may be None
+  nb::object is_lazy;       // called with the tensor: whether its memory is not its value; or None
+  nb::object mark_written;  // called with [tensor] before its memory changes; or None
 };
 
 /// Leaked: modules outlive the interpreter's order of destruction.
@@ -157,7 +158,8 @@ Call& fill_call(const Plain& plain, Op op) {
 
 }  // namespace
 
-void learn_type(nb::handle type, nb::object exchange_table, nb::object mark_written) {
+void learn_type(nb::handle type, nb::object exchange_table, nb::object is_lazy,
+                nb::object mark_written) {
   const ExchangeTable* table = nullptr;
   if (!exchange_table.is_none()) {
     table = static_cast<const ExchangeTable*>(
@@ -166,13 +168,14 @@ void learn_type(nb::handle type, nb::object exchange_table, nb::object mark_writ
     while (table && table->major > 1) table = table->previous;
     if (!table || table->major != 1 || !table->view) return;  // then this type goes the general way
   }
-  known_types().push_back(
-      {reinterpret_cast<PyTypeObject*>(type.ptr()), table, std::move(mark_written)});
+  known_types().push_back({reinterpret_cast<PyTypeObject*>(type.ptr()), table, std::move(is_lazy),
+                           std::move(mark_written)});
 }
 
 bool allreduce_plain(Communicator& communicator, nb::handle x, Op op) {
   for (const KnownType& known : known_types()) {
     if (Py_TYPE(x.ptr()) != known.type) continue;
+    if (!known.is_lazy.is_none() && nb::cast<bool>(known.is_lazy(x))) return false;
     const auto run = [&](const Plain& plain) {
       if (!known.mark_written.is_none()) {
         nb::list written;

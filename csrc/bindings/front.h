@@ -9,8 +9,9 @@
 namespace ringreduce {
 
 /// From now on exact instances of `type` may go the short way. `exchange_table`: the type's capsule
-/// of DLPack's exchange functions, or None for the buffer protocol. `mark_written`: see KnownType.
-void learn_type(nanobind::handle type, nanobind::object exchange_table,
+/// of DLPack's exchange functions, or None for the buffer protocol. `is_lazy`, `mark_written`: see
+/// KnownType.
+void learn_type(nanobind::handle type, nanobind::object exchange_table, nanobind::object is_lazy,
                 nanobind::object mark_written);
 
 /// allreduce in place, blocking. False: x is not plain, and nothing was done.
