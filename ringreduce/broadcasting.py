@@ -40,6 +40,7 @@ def broadcast_parameters(
     cannot be written.
     """
     comm = communicator_of(comm)
+    root = comm.check_root(root)
     named = sorted(_named_tensors(model_or_state_dict), key=lambda item: item[0])
     arrays = tensors.describe_all(named, writable=True)
     lines = [f"{name} {array}" for (name, _), array in zip(named, arrays, strict=True)]
@@ -57,6 +58,7 @@ def broadcast_optimizer_state(
     all ranks if the parameters differ.
     """
     comm = communicator_of(comm)
+    root = comm.check_root(root)
     groups = [group["params"] for group in optimizer.param_groups]
     parameters = [(f"group {i}, parameter", x) for i, group in enumerate(groups) for x in group]
     lines = [

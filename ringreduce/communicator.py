@@ -125,13 +125,13 @@ class Communicator:
         return Work((work,), finish=result) if async_op else result()
 
     def broadcast(self, x: Any, root: int = 0, *, async_op: bool = False) -> Any:
-        root = self._check_root(root)
+        root = self.check_root(root)
         source = describe(x)
         result = (tensors.copy_of if self.rank == root else tensors.empty_like)(source)
         return self.broadcast_(result, root, async_op=async_op)
 
     def broadcast_(self, x: Any, root: int = 0, *, async_op: bool = False) -> Any:
-        root = self._check_root(root)
+        root = self.check_root(root)
         array = describe(x, True)
         tensors.mark_written(array)
         return self._run(BROADCAST, 0, root, array, array, async_op)
@@ -139,12 +139,12 @@ class Communicator:
     def grouped_broadcast_(
         self, xs: Iterable[Any], root: int = 0, *, async_op: bool = False
     ) -> Any:
-        root = self._check_root(root)
+        root = self.check_root(root)
         arrays = _describe_list(xs, writable=True)
         return self._run_group(BROADCAST, 0, root, arrays, arrays, async_op)
 
     def reduce(self, x: Any, op: str = "sum", root: int = 0, *, async_op: bool = False) -> Any:
-        root = self._check_root(root)
+        root = self.check_root(root)
         source = describe(x)
         op_index = _check_op(op, source.dtype)
         target = describe(tensors.empty_like(source)) if self.rank == root else None
@@ -180,7 +180,7 @@ class Communicator:
 
         The ranks must agree on root; what it means is the caller's.
         """
-        root = self._check_root(root)
+        root = self.check_root(root)
         array = tensors.from_bytes(message)
         tensor = (array.address, 0, array.shape, None, None)
         work = self.core.submit(ALLGATHER, 0, array.dtype, root, [tensor], array.owner, False)
@@ -299,7 +299,8 @@ class Communicator:
         ]
         return Work(works, results, give_up=self.core.abort) if async_op else results
 
-    def _check_root(self, root: int) -> int:
+    def check_root(self, root: int) -> int:
+        """Local, before anything is sent: raises TypeError or ValueError unless it is a rank."""
         root = operator.index(root)
         if not 0 <= root < self.size:
             raise ValueError(f"root must be a rank, 0 to {self.size - 1}, not {root}")
