@@ -3,6 +3,7 @@
 Importing it starts nothing: no MPI, no CUDA, no torch. The first call that needs other ranks does.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ringreduce._core import build_info
@@ -46,11 +47,15 @@ from ringreduce.world import (
 )
 
 if TYPE_CHECKING:
+    from ringreduce.attachment import attach
+    from ringreduce.codecs import Codec
     from ringreduce.model import DistributedModel
+    from ringreduce.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 __version__ = build_info()["version"]
 
 __all__ = [
+    "Codec",
     "CollectiveTimeout",
     "Communicator",
     "DistributedModel",
@@ -59,16 +64,19 @@ __all__ = [
     "PeerFailed",
     "ResourceError",
     "RingReduceError",
+    "SyncBatchNorm",
     "Work",
     "allgather",
     "allreduce",
     "allreduce_",
+    "attach",
     "barrier",
     "broadcast",
     "broadcast_",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "convert_sync_batchnorm",
     "empty",
     "grouped_allreduce",
     "grouped_allreduce_",
@@ -85,9 +93,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "DistributedModel":  # a torch module, so only its use imports torch
-        from ringreduce.model import DistributedModel
+# Names of torch modules, so only their use imports torch.
+_LAZY = {
+    "Codec": "codecs",
+    "DistributedModel": "model",
+    "SyncBatchNorm": "sync_batchnorm",
+    "attach": "attachment",
+    "convert_sync_batchnorm": "sync_batchnorm",
+}
 
-        return DistributedModel
-    raise AttributeError(f"module 'ringreduce' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ringreduce' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ringreduce.{_LAZY[name]}"), name)

@@ -42,10 +42,12 @@ def agree(
             )
 
 
-def broadcast_model(comm: Communicator, module: nn.Module, ignore: Collection[str]) -> None:
-    """Collective. Gives rank 0's parameters and buffers to all ranks, in place."""
+def broadcast_model(
+    comm: Communicator, module: nn.Module, ignore: Collection[str], root: int = 0
+) -> None:
+    """Collective. Gives the root's parameters and buffers to all ranks, in place."""
     tensors = named_tensors(module, ignore).items()
-    broadcast_parameters([(name, x.detach()) for name, x in tensors], comm=comm)
+    broadcast_parameters([(name, x.detach()) for name, x in tensors], root, comm=comm)
 
 
 class Buffers:
@@ -62,8 +64,8 @@ class Buffers:
             if f"{path}.{name}".lstrip(".") not in ignore
         ]
 
-    def broadcast(self) -> None:
-        """Gives rank 0's to all ranks if the module is in training mode. Collective then."""
+    def broadcast(self, root: int = 0) -> None:
+        """Gives the root's to all ranks if the module is in training mode. Collective then."""
         if not self._module.training:
             return
         found = (owner._buffers.get(name) for owner, name in self._homes)
@@ -71,7 +73,7 @@ class Buffers:
         # does, which does not use their values there.
         buffers = {id(x): x.data for x in found if x is not None}
         if buffers:
-            self._comm.grouped_broadcast_(list(buffers.values()))
+            self._comm.grouped_broadcast_(list(buffers.values()), root)
 
 
 def named_tensors(module: nn.Module, ignore: Collection[str] = ()) -> dict[str, Tensor]:

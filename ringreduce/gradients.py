@@ -1,7 +1,8 @@
 """Reduces gradients while backward goes on: hooks pack them into buckets, its end publishes them.
 
 A bucket lies in symmetric memory and is reduced in place. While it is, it is nobody's `.grad`: that
-becomes a view of the bucket only when backward ends. Knows nothing of modules, modes and buffers.
+becomes a view of the bucket, or of what a codec makes of it, only when backward ends. Knows nothing
+of modules, modes and buffers.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ringreduce.ballot import WEIGHT, Ballot, read_weights, write_weight
 from ringreduce.buckets import Bucket, Place
+from ringreduce.codecs import Codec, Pending
 from ringreduce.communicator import Communicator
 from ringreduce.errors import RingReduceError
-from ringreduce.work import Work
+from ringreduce.join import RollCall
 
 
 @dataclass
@@ -27,40 +30,44 @@ class Totals:
     """What reductions have cost this rank."""
 
     backwards: int = 0  # reduced ones
-    bytes: int = 0  # of gradients given to the communicator
+    bytes: int = 0  # of gradients, as they travel
     wait_s: float = 0.0  # that backward had to wait for communication at its end
 
 
 class _Slot:
     """One parameter and its place in a bucket."""
 
-    __slots__ = ("index", "name", "parameter", "view", "address", "published")
+    __slots__ = ("index", "name", "parameter", "view", "result", "address", "published")
 
-    def __init__(self, index: int, place: Place, parameter: nn.Parameter, flat: Tensor) -> None:
+    def __init__(
+        self, index: int, place: Place, parameter: nn.Parameter, wire: Tensor, flat: Tensor
+    ) -> None:
         self.index = index
         self.name = place.name
         self.parameter = parameter
-        self.view = place.view(flat)  # ours alone: user code may make its own point elsewhere
-        self.address = self.view.data_ptr()
-        self.published = self.view.detach()  # what becomes .grad
+        self.view = place.view(wire)  # to be packed
+        self.result = place.view(flat)  # ours alone: user code may make its own point elsewhere
+        self.address = self.result.data_ptr()
+        self.published = self.result.detach()  # what becomes .grad
 
     def publish(self) -> None:
         if self.published.data_ptr() != self.address:  # after `p.grad.data = ...`
-            self.published = self.view.detach()
+            self.published = self.result.detach()
         self.parameter.grad = self.published
 
 
 class _Run:
     """A bucket at work."""
 
-    __slots__ = ("index", "flat", "slots", "missing", "work")
+    __slots__ = ("index", "wire", "flat", "slots", "missing", "work")
 
-    def __init__(self, index: int, flat: Tensor, slots: list[_Slot]) -> None:
+    def __init__(self, index: int, wire: Tensor, flat: Tensor, slots: list[_Slot]) -> None:
         self.index = index
-        self.flat = flat
+        self.wire = wire  # what travels; symmetric memory
+        self.flat = flat  # the same tensor, unless a codec has another dtype on the wire
         self.slots = slots
         self.missing: set[int] = set()  # slots that are not packed yet; the same object for life
-        self.work: Work | None = None  # of this backward, once it is launched
+        self.work: Pending | None = None  # of this backward, once it is launched
 
 
 class GradientReducer:
@@ -72,6 +79,9 @@ class GradientReducer:
     what is missing is filled in, one last message says who used which parameter, and `.grad`
     becomes the view.
 
+    weight: this rank's; None: all count the same. Read when a backward is armed, and None on all
+    ranks or on none. roll_call: None unless ranks may run out of data.
+
     Hooks may run on several threads, one a device: sets change atomically, launches take a lock.
     """
 
@@ -81,26 +91,31 @@ class GradientReducer:
         op: str,
         parameters: dict[str, nn.Parameter],
         plan: Sequence[Bucket],
-        before_publishing: Callable[[], None],
+        codec: Codec,
+        before_publishing: Callable[[int], None],
         totals: Totals,
         previous: GradientReducer | None = None,
     ) -> None:
         """Collective: allocates the buckets.
 
-        before_publishing: called at the end of a reduced backward, on all ranks. totals: counted
-        up. previous: whose gradients, reduced or not, are still in the parameters.
+        before_publishing: called at the end of a reduced backward, on all ranks, with the first
+        rank that has data. totals: counted up. previous: whose gradients, reduced or not, are
+        still in the parameters.
         """
         self.comm = comm
         self.plan = plan
+        self.weight: float | None = None
+        self.roll_call: RollCall | None = None
+        if previous is not None:
+            self.weight, self.roll_call = previous.weight, previous.roll_call
         self._op = op
-        self._average = op == "avg"
+        self._codec = codec
+        self._idempotent = op == "avg" and codec.lossless
         self._before_publishing = before_publishing
         self._totals = totals
         self._slots: list[_Slot] = []
         self._runs = [self._allocate(i, bucket, parameters) for i, bucket in enumerate(plan)]
-        # One byte for each parameter (used), bucket (dirty) and rank (its backward raised).
-        self._bits = comm.empty(len(self._slots) + len(plan) + comm.size, torch.uint8)
-        self._flags: list[int] = []  # the bits of the last reduced backward, over all ranks
+        self._ballot = Ballot(comm, len(self._slots), len(plan))
         reduced = set() if previous is None else previous._reduced_parameters()
         # Slots whose .grad, if any, is all ranks'; slots where it may have more of this rank alone.
         self._reduced = {slot.index for slot in self._slots if id(slot.parameter) in reduced}
@@ -108,6 +123,8 @@ class GradientReducer:
         self._parameters = {id(slot.parameter) for slot in self._slots}
         self._armed = False
         self._callback: weakref.ref[functools.partial[None]] | None = None  # of the armed backward
+        self._weight: float | None = None  # in the armed backward
+        self._factor: float | None = None  # of gradients on their way into a bucket
         self._next = 0  # bucket to launch
         self._dirty: set[int] = set()  # buckets that got gradients after they were launched
         self._late = False  # whether a first gradient arms
@@ -120,17 +137,19 @@ class GradientReducer:
             for run in self._runs
             for slot in run.slots
         ]
-        if not self._average:
+        if not self._idempotent:
             self._handles += [
                 slot.parameter.register_hook(self._guard(slot)) for slot in self._slots
             ]
 
     def _allocate(self, index: int, bucket: Bucket, parameters: dict[str, nn.Parameter]) -> _Run:
-        flat = self.comm.empty(bucket.length, bucket.dtype, bucket.device).zero_()
+        dtype = self._codec.wire_dtype(bucket.dtype)
+        wire = self.comm.empty(bucket.length, dtype, bucket.device).zero_()
+        flat = wire if dtype == bucket.dtype else torch.zeros_like(wire, dtype=bucket.dtype)
         first = len(self._slots)
         for i, place in enumerate(bucket.places, first):
-            self._slots.append(_Slot(i, place, parameters[place.name], flat))
-        return _Run(index, flat, self._slots[first:])
+            self._slots.append(_Slot(i, place, parameters[place.name], wire, flat))
+        return _Run(index, wire, flat, self._slots[first:])
 
     def _reduced_parameters(self) -> set[int]:
         """By id."""
@@ -139,7 +158,8 @@ class GradientReducer:
     @property
     def unused(self) -> list[str]:
         """Names of the parameters that no rank had a gradient for in the last reduced backward."""
-        return [slot.name for slot, used in zip(self._slots, self._flags, strict=False) if not used]
+        used = zip(self._slots, self._ballot.used, strict=False)
+        return [slot.name for slot, used_by_any in used if not used_by_any]
 
     def holds(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> bool:
         """Whether these very tensors, by these names, are what it reduces."""
@@ -179,7 +199,25 @@ class GradientReducer:
         for run in self._runs:
             run.missing.clear()
         self._launch_ready()
-        self._share_bits(set(), failed=True)
+        self._vote(set(), failed=True)
+
+    def shadow(self) -> bool:
+        """Takes part in one backward of the ranks that have data. False: none has any more.
+
+        Only what was accumulated without being reduced is this rank's part in it, if anything.
+        """
+        roll_call = self.roll_call
+        assert roll_call is not None
+        roll_call.call(False, False, (), len(self._slots))
+        if roll_call.over:
+            return False
+        for slot in self._slots:
+            if slot.index not in self._local | roll_call.kept:
+                slot.parameter.grad = None  # as the others have done
+        left = any(self._slots[i].parameter.grad is not None for i in self._local)
+        self._prepare(roll_call.weighted or roll_call.by_present, left)
+        self._finish()
+        return True
 
     # ---- During backward, on its threads.
 
@@ -223,19 +261,58 @@ class GradientReducer:
         return True
 
     def _arm(self) -> None:
-        for run in self._runs:
-            run.missing.update(slot.index for slot in run.slots)
-            run.work = None
-        self._next = 0
-        self._dirty.clear()
+        roll_call, weighted = self.roll_call, self.weight is not None
+        if roll_call is not None:
+            roll_call.call(True, weighted, self._kept(), len(self._slots))
+            weighted |= roll_call.by_present
+        self._prepare(weighted, True)
         finish = functools.partial(self._finish)  # the engine's alone: an exception drops it
         torch.autograd.Variable._execution_engine.queue_callback(finish)
         self._callback = weakref.ref(finish)
         self._armed = True
 
+    def _kept(self) -> list[int]:
+        """Slots whose reduced gradients this backward will be accumulated onto."""
+        if not self._idempotent:
+            return []
+        found = ((i, self._slots[i]) for i in self._reduced)
+        return [
+            i
+            for i, slot in found
+            if (grad := slot.parameter.grad) is not None
+            and _points_to(grad, slot.address)
+            and bool(grad.any())
+        ]
+
+    def _prepare(self, weighted: bool, counts: bool) -> None:
+        """Sets out for a reduction. counts: whether this rank has anything to be weighted."""
+        for run in self._runs:
+            run.missing.update(slot.index for slot in run.slots)
+            run.work = None
+        self._next = 0
+        self._dirty.clear()
+        self._weight = self._factor = None
+        if weighted:
+            self._weight = (1.0 if self.weight is None else self.weight) if counts else 0.0
+            self._factor = self._weight
+            if self._divides_first():
+                self._factor /= self._total_weight() or 1.0
+
+    def _divides_first(self) -> bool:
+        """Weighted gradients, and sums of them, may be too large for float16."""
+        return any(run.wire.dtype == torch.float16 for run in self._runs)
+
+    def _total_weight(self) -> float:
+        """Collective."""
+        assert self._weight is not None
+        bits = torch.zeros(self.comm.size * WEIGHT.size, dtype=torch.uint8)
+        write_weight(bits, self.comm.rank, self._weight)
+        return sum(read_weights(self.comm.allreduce_(bits, "max")))
+
     def _packer(self, slot: _Slot, run: _Run) -> Callable[[Tensor], None]:
         """The hook of a parameter: the hot path, called once for each in every backward."""
-        index, view, address, missing = slot.index, slot.view, slot.address, run.missing
+        index, view, missing = slot.index, slot.view, run.missing
+        address = view.data_ptr()  # not of .grad where that has another dtype
 
         def pack(parameter: Tensor) -> None:
             if not self._armed and not self._begin_late():
@@ -247,7 +324,9 @@ class GradientReducer:
             grad = parameter.grad
             if grad is None:
                 return
-            if grad.is_sparse or grad.requires_grad:
+            if self._factor is not None:
+                self._pack(slot, True)
+            elif grad.is_sparse or grad.requires_grad:
                 view.copy_(_plain(grad))
             elif grad.data_ptr() == address:
                 parameter.grad = grad.clone()  # it was accumulated in place: packed already
@@ -267,10 +346,15 @@ class GradientReducer:
             if index not in self._reduced:
                 return
             if parameter.grad is not None and bool(parameter.grad.any()):
+                again = (
+                    f"op '{self._op}' would count that one again"
+                    if self._codec.lossless
+                    else f"codec {self._codec.name} would compress that one again"
+                )
                 raise RingReduceError(
-                    f"'{slot.name}' gets a gradient on top of one that is reduced already, and op "
-                    f"'{self._op}' would count that one again: call zero_grad() before this "
-                    "backward, or accumulate under no_sync() and reduce once, at the end"
+                    f"'{slot.name}' gets a gradient on top of one that is reduced already, and "
+                    f"{again}: call zero_grad() before this backward, or accumulate under "
+                    "no_sync() and reduce once, at the end"
                 )
             self._reduced.discard(index)
 
@@ -280,9 +364,14 @@ class GradientReducer:
         with self._lock:
             while self._next < len(self._runs) and not self._runs[self._next].missing:
                 run = self._runs[self._next]
-                run.work = self.comm.allreduce_(run.flat, self._op, async_op=True)
-                self._totals.bytes += self.plan[run.index].size_bytes
+                run.work = self._reduce(run)
                 self._next += 1
+
+    def _reduce(self, run: _Run) -> Pending:
+        op = self._op if self._weight is None else "sum"
+        work, size_bytes = self._codec.reduce(self.comm, run.wire, op, run.index)
+        self._totals.bytes += size_bytes
+        return work
 
     # ---- At the end of backward, on the thread that called it.
 
@@ -292,9 +381,9 @@ class GradientReducer:
                 unused = self._fill_missing()
                 self._launch_ready()
                 start_s = time.perf_counter()
-                self._share_bits(unused)
+                self._vote(unused)
                 self._reduce_dirty(unused)
-                self._before_publishing()
+                self._before_publishing(self.roll_call.here[0] if self.roll_call else 0)
                 self._totals.wait_s += time.perf_counter() - start_s
                 self._totals.backwards += 1
                 self._publish()
@@ -318,52 +407,53 @@ class GradientReducer:
         return unused
 
     def _pack(self, slot: _Slot, used: bool) -> None:
-        """Zeros for what this rank has not used; but an average takes in what is there already."""
-        grad = slot.parameter.grad
-        if grad is not None and not grad.is_sparse and grad.data_ptr() == slot.address:
-            slot.parameter.grad = grad = grad.clone()
-        if grad is None or not (used or self._average):
-            slot.view.zero_()
-        else:
-            slot.view.copy_(_plain(grad))
+        """Zeros for what this rank has not used; but an average takes in what is there already.
 
-    def _share_bits(self, unused: set[int], failed: bool = False) -> None:
-        """Waits for the buckets, and for what all ranks say of them, which goes into `_flags`."""
-        bits, num_slots, num_runs = self._bits, len(self._slots), len(self._runs)
-        bits.zero_()
-        bits[:num_slots] = 1
-        if unused:
-            bits[list(unused)] = 0
-        for index in self._dirty:
-            bits[num_slots + index] = 1
-        if failed:
-            bits[num_slots + num_runs + self.comm.rank] = 1
-        work = self.comm.allreduce_(bits, "max", async_op=True)
+        A weight of 0 lets nothing pass, NaN neither: it may be of a mean over no data.
+        """
+        grad = slot.parameter.grad
+        if grad is not None and _points_to(grad, slot.address):
+            slot.parameter.grad = grad = grad.clone()
+        if grad is None or self._factor == 0 or not (used or self._idempotent):
+            slot.view.zero_()
+        elif self._factor is None:
+            slot.view.copy_(_plain(grad))
+        else:
+            torch.mul(_plain(grad), self._factor, out=slot.view)
+
+    def _vote(self, unused: set[int], failed: bool = False) -> None:
+        """Waits for the buckets, and for what all ranks say of them."""
+        ballot = self._ballot
+        work = ballot.send(unused, self._dirty, self._weight, failed)
         for run in self._runs:
             assert run.work is not None
             run.work.wait()
         work.wait()
-        self._flags = bits.tolist()
-        ranks = [rank for rank, bit in enumerate(self._flags[num_slots + num_runs :]) if bit]
-        if ranks and not failed:
-            self._local.update(set(range(num_slots)) - unused)
+        ballot.read()
+        if ballot.failed and not failed:
+            self._local.update(set(range(len(self._slots))) - unused)
             raise RingReduceError(
-                f"backward() raised an exception on rank {', '.join(map(str, ranks))}, so its "
-                "gradients were not reduced: each rank has its own. See that rank's output"
+                f"backward() raised an exception on rank {', '.join(map(str, ballot.failed))}, so "
+                "its gradients were not reduced: each rank has its own. See that rank's output"
             )
 
     def _reduce_dirty(self, unused: set[int]) -> None:
         """Reduces again, on all ranks, what got more gradients on any of them."""
-        for run, dirty in zip(self._runs, self._flags[len(self._slots) :], strict=False):
-            if dirty:
-                for slot in run.slots:
-                    self._pack(slot, slot.index not in unused)
-                self.comm.allreduce_(run.flat, self._op)
-                self._totals.bytes += self.plan[run.index].size_bytes
+        for run in (self._runs[i] for i in self._ballot.dirty):
+            for slot in run.slots:
+                self._pack(slot, slot.index not in unused)
+            self._reduce(run).wait()
 
     def _publish(self) -> None:
         """What no rank has used keeps its `.grad`, None or not."""
-        for slot, used in zip(self._slots, self._flags, strict=False):
+        weighted = self._weight is not None and not self._divides_first()
+        divisor = sum(self._ballot.weights) if weighted else 0.0
+        for run in self._runs:
+            if run.flat is not run.wire:
+                run.flat.copy_(run.wire)
+            if divisor:
+                run.flat.div_(divisor)
+        for slot, used in zip(self._slots, self._ballot.used, strict=True):
             if used:
                 slot.publish()
                 self._reduced.add(slot.index)
@@ -374,3 +464,7 @@ def _plain(grad: Tensor) -> Tensor:
     """Dense, and outside of any graph."""
     grad = grad.detach()
     return grad.to_dense() if grad.is_sparse else grad
+
+
+def _points_to(grad: Tensor, address: int) -> bool:
+    return not grad.is_sparse and grad.data_ptr() == address

@@ -1,53 +1,22 @@
 """DistributedModel: a torch module whose backward() ends with the same gradients on every rank.
 
-What the ranks must agree on is in agreement.py, how gradients are reduced in gradients.py, in which
-portions in buckets.py. Here is what users touch, and that it can be taken for the module itself.
+How is in attachment.py. Here is what users touch, and that it can be taken for the module itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
-import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-from torch.utils._pytree import tree_flatten
 
-from ringreduce import _core
-from ringreduce.agreement import Buffers, agree, broadcast_model, check_names, check_parameters
-from ringreduce.buckets import Bucket, plan_buckets, trainable
-from ringreduce.collectives import communicator_of
+from ringreduce.attachment import Attachment, Join, Options
+from ringreduce.codecs import Codec
 from ringreduce.communicator import Communicator
-from ringreduce.gradients import GradientReducer, Totals
-
-BYTES_PER_MB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """The arguments, on which all ranks agree."""
-
-    op: str
-    bucket_mb: float
-    first_bucket_mb: float
-    sync_buffers: bool
-    compression: str | None
-    ignore: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if self.op not in _core.OPS:
-            raise ValueError(f"op {self.op!r} is none of {', '.join(_core.OPS)}")
-        for name in ("bucket_mb", "first_bucket_mb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.compression is not None:
-            raise ValueError(f"compression={self.compression!r}: there is only None so far")
 
 
 class DistributedModel(nn.Module):
@@ -62,12 +31,13 @@ class DistributedModel(nn.Module):
     module: with the same parameters and buffers (names, shapes, dtypes, strides, requires_grad) on
         all ranks. They get rank 0's values. Parameters may be frozen and unfrozen later, on all
         ranks alike; change the module in any other way before it is wrapped.
-    op: "avg"; or "sum", "min", "max", "prod". With those a reduced gradient cannot be accumulated
-        onto: it takes `zero_grad()` between two reduced backwards.
+    op: "avg"; or "sum", "min", "max", "prod". With those, and with compression, a reduced gradient
+        cannot be accumulated onto: it takes `zero_grad()` between two reduced backwards.
     bucket_mb: size of a bucket, in units of 2**20 bytes: a run of gradients reduced as one message.
     first_bucket_mb: the same for the first one: smaller, to start early.
     sync_buffers: after each reduced backward in training mode, all ranks get rank 0's buffers.
-    compression: None, for now.
+    compression: "bf16" or "fp16": gradients of wider floats travel in 16 bits; they are summed in
+        float32 and rounded once more. Or a Codec, one for each model.
     ignore: names of parameters and buffers to leave alone: neither broadcast nor reduced.
     comm: the ranks; default: all. The model talks on a communicator of its own, split off it.
 
@@ -93,140 +63,95 @@ class DistributedModel(nn.Module):
         bucket_mb: float = 25.0,
         first_bucket_mb: float = 1.0,
         sync_buffers: bool = True,
-        compression: str | None = None,
+        compression: str | Codec | None = None,
         ignore: Collection[str] = (),
         comm: Communicator | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
-        names = (ignore,) if isinstance(ignore, str) else tuple(sorted(ignore))
-        self._options = _Options(op, bucket_mb, first_bucket_mb, sync_buffers, compression, names)
-        self._parent = comm  # None: the world, which a copy elsewhere has too
-        self._totals = Totals()
-        self._syncing = True
-        self._connected = False
-        self._closed = False
-        self._layout_touched = False
-        self._reducer: GradientReducer | None = None  # None in a world of one, too
-        self._frozen: list[nn.Parameter] = []
-        self._finalizer: weakref.finalize | None = None
+        options = Options(op, bucket_mb, first_bucket_mb, sync_buffers, compression, ignore)
+        self._attachment = Attachment(module, options, comm)
         self.module = module  # last: from here on, unknown attributes are the module's
-        self._connect()
+        self._attachment.connect()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
-        if not torch.is_grad_enabled():
-            return self.module(*args, **kwargs)
-        if not self._connected and not self._closed:
-            self._connect()
-        if self._reducer is not None:
-            self._reducer.recover()
-            if self._syncing and self._is_outdated(self._reducer):
-                self._build(self._reducer.comm, self._reducer)
+        attachment = self._attachment
+        attachment.before_forward()
         outputs = self.module(*args, **kwargs)
-        if self._reducer is not None:
-            self._reducer.watch(_tensors_in(outputs), self._syncing)
+        attachment.after_forward(outputs)
         return outputs
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Gradients of a forward within are accumulated on this rank alone.
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context: gradients of a forward within are accumulated on this rank alone.
 
         The next reduced backward reduces them too, also those of parameters that it does not use.
         Only where forward ran matters, not where backward() is called. All ranks must do the same.
         """
-        before, self._syncing = self._syncing, False
-        try:
-            yield
-        finally:
-            self._syncing = before
+        return self._attachment.no_sync()
+
+    def set_weight(self, weight: float | None) -> None:
+        """Makes the mean a weighted one: sum of weight * gradient over ranks / sum of weights.
+
+        weight: this rank's, 0 or above: of how many samples or tokens its loss is the mean; with 0,
+        what its gradients are does not matter. If all weights are 0, so are the gradients. None:
+        all ranks count the same again.
+
+        It holds until it is set again, for each backward that begins after the call: set it before
+        or after forward. All ranks must have weights, or none. It weighs all that backward reduces,
+        what was accumulated under `no_sync()` included: there divide each loss by the number of
+        samples in all of this rank's parts, and make that number the weight. No message is added;
+        with gradients that travel as float16, one small one, when backward begins.
+
+        Local. Raises ValueError for any other weight, and where op is not "avg".
+        """
+        self._attachment.set_weight(weight)
+
+    def join(
+        self,
+        divide_by_initial_world_size: bool = True,
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> Join:
+        """A context for a training loop that may be shorter on some ranks, or empty.
+
+        A rank that leaves it takes part in the backwards of the others, with gradients of zero, or
+        with what it accumulated under `no_sync()` and did not reduce. When all have left it, they
+        get parameters and buffers of the first rank that had data to the end; `root` of what `with`
+        gives (`as`) says which. Optimizers of the others missed steps: broadcast_optimizer_state
+        from there, too, before training goes on. Entering and leaving are collective, and a
+        backward begins with one small message more.
+
+        divide_by_initial_world_size: True: averages are over all ranks; False: over those that have
+            data. With weights, those alone decide.
+        enable: False: the context does nothing.
+        throw_on_early_termination: as soon as some ranks, but not all, are out of data, all raise
+            RingReduceError: those at the end of the context, the others in backward().
+
+        Within it, no rank may unfreeze or convert parameters, and other collectives of the loop or
+        of forward (SyncBatchNorm) find no partners in ranks that left. Raises ValueError unless op
+        is "avg" or "sum".
+        """
+        return self._attachment.join(
+            divide_by_initial_world_size, enable, throw_on_early_termination
+        )
 
     def stats(self) -> dict[str, Any]:
         """What communication has cost this rank since the model was wrapped.
 
-        backwards: reduced ones. bytes: of gradients that were reduced. wait_s: seconds that
-        backward() had to wait for communication at its end. buckets: how many. unused: names of the
-        parameters that no rank had a gradient for in the last reduced backward. A world of one
-        reduces nothing.
+        backwards: reduced ones. bytes: of gradients that were reduced, as they travel: compressed.
+        wait_s: seconds that backward() had to wait for communication at its end. buckets: how many.
+        unused: names of the parameters that no rank had a gradient for in the last reduced
+        backward. A world of one reduces nothing.
         """
-        reducer = self._reducer
-        buckets, unused = (0, []) if reducer is None else (len(reducer.plan), reducer.unused)
-        return {**dataclasses.asdict(self._totals), "buckets": buckets, "unused": unused}
+        return self._attachment.stats()
 
     def close(self) -> None:
         """Local: removes the hooks for good, leaves gradients as they are. Deletion does it too."""
-        if self._finalizer is not None:
-            self._finalizer()
-        self._reducer = None
-        self._closed = True
+        self._attachment.close()
 
     detach = close
-
-    # ---- Connecting to the other ranks.
-
-    def _connect(self) -> None:
-        """Collective over the parent: makes one model of all ranks'."""
-        ignore = self._options.ignore
-        check_names(self.module, ignore)
-        parent = communicator_of(self._parent)
-        if parent.size == 1:
-            check_parameters(self.module, ignore)
-        else:
-            comm = parent.split(0)
-            assert comm is not None
-            try:
-                agree(comm, self.module, ignore, self._options)
-                check_parameters(self.module, ignore)  # after it: all ranks raise if one does
-                broadcast_model(comm, self.module, ignore)
-                self._build(comm)
-            except BaseException:
-                comm.close()
-                raise
-        self._connected = True
-
-    def _build(self, comm: Communicator, previous: GradientReducer | None = None) -> None:
-        """Collective: plans the buckets and sets the hooks, in place of the previous ones."""
-        options = self._options
-        if previous is not None:
-            agree(comm, self.module, options.ignore, options)
-            previous.close()
-        parameters = trainable(self.module, options.ignore)
-        buffers = Buffers(comm, self.module, options.ignore)
-        self._reducer = GradientReducer(
-            comm,
-            options.op,
-            dict(parameters),
-            self._plan(parameters),
-            buffers.broadcast if options.sync_buffers else _nothing,
-            self._totals,
-            previous,
-        )
-        self._frozen = [
-            parameter
-            for name, parameter in self.module.named_parameters()
-            if not parameter.requires_grad and name not in options.ignore
-        ]
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        # The hooks keep the reducer alive, but not this: where it goes, they go.
-        self._finalizer = weakref.finalize(self, _disconnect, self._reducer)
-
-    def _plan(self, parameters: list[tuple[str, nn.Parameter]]) -> list[Bucket]:
-        options = self._options
-        return plan_buckets(
-            parameters, options.first_bucket_mb * BYTES_PER_MB, options.bucket_mb * BYTES_PER_MB
-        )
-
-    def _is_outdated(self, reducer: GradientReducer) -> bool:
-        """Whether parameters were unfrozen, converted or replaced since they were planned."""
-        if any(parameter.requires_grad for parameter in self._frozen):
-            return True
-        if not self._layout_touched:
-            return False
-        self._layout_touched = False
-        parameters = trainable(self.module, self._options.ignore)
-        return not (reducer.holds(parameters) and reducer.plan == self._plan(parameters))
 
     # ---- Being taken for the module.
 
@@ -264,7 +189,7 @@ class DistributedModel(nn.Module):
             if metadata is not None:
                 state_dict._metadata = copy.copy(metadata)  # type: ignore[attr-defined]
             consume_prefix_in_state_dict_if_present(state_dict, "module.")
-        self._layout_touched = True
+        self._attachment.layout_touched = True
         return self.module.load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
@@ -277,45 +202,20 @@ class DistributedModel(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Behind .to(), .half() and the like."""
-        self._layout_touched = True
+        self._attachment.layout_touched = True
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        unconnected: dict[str, Any] = {
-            "_parent": None,
-            "_totals": Totals(),
-            "_connected": False,
-            "_reducer": None,
-            "_frozen": [],
-            "_finalizer": None,
-        }
-        return self.__dict__ | unconnected
+        return self.__dict__ | {"_attachment": self._attachment.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Not connected, and of the world."""
+        super().__setstate__(state)
+        self._attachment = Attachment(self.module, state["_attachment"], None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistributedModel:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._parent = self._parent
+        twin._attachment.comm = self._attachment.comm
         return twin
-
-
-def _disconnect(reducer: GradientReducer) -> None:
-    reducer.close()
-    reducer.comm.close()
-
-
-def _nothing() -> None:
-    """Where buffers are not synchronised."""
-
-
-def _tensors_in(structure: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples, dicts and dataclasses, nested in any way."""
-    if isinstance(structure, Tensor):
-        yield structure
-        return
-    for leaf in tree_flatten(structure)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in dataclasses.fields(leaf):
-                yield from _tensors_in(getattr(leaf, field.name))

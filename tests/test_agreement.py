@@ -191,7 +191,10 @@ def test_models_that_differ(change, words):
         assert word in texts[0]
 
 
-@pytest.mark.parametrize("name, value", [("op", "sum"), ("bucket_mb", 2.0), ("ignore", ["0.bias"])])
+@pytest.mark.parametrize(
+    "name, value",
+    [("op", "sum"), ("bucket_mb", 2.0), ("ignore", ["0.bias"]), ("compression", "bf16")],
+)
 def test_arguments_that_differ(name, value):
     def run(comm):
         options = {name: value} if comm.rank else {}
@@ -215,7 +218,7 @@ def test_arguments_that_differ(name, value):
         (lambda: nn.Linear(2, 2), {"op": "mean"}, "'mean' is none of sum, avg"),
         (lambda: nn.Linear(2, 2), {"bucket_mb": 0}, "bucket_mb"),
         (lambda: nn.Linear(2, 2), {"first_bucket_mb": float("nan")}, "first_bucket_mb"),
-        (lambda: nn.Linear(2, 2), {"compression": "bf16"}, "compression"),
+        (lambda: nn.Linear(2, 2), {"compression": "bf17"}, "compression"),
     ],
 )
 def test_what_cannot_be_wrapped(n, factory, options, message):

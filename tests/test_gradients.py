@@ -445,7 +445,7 @@ def test_collectives_of_the_user_do_not_interleave():
 
     def run(wrapped, rank):
         totals = []
-        comm = wrapped._parent
+        comm = wrapped._attachment.comm
         parameter = list(wrapped.parameters())[3 * rank]
         parameter.register_hook(lambda _: totals.append(comm.allreduce(torch.ones(3))))
         work = comm.allreduce(torch.full((1000,), rank + 1.0), async_op=True)

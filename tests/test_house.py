@@ -46,7 +46,10 @@ PYTHON_ORDER = (
     *("tensors", "work", "bootstrap", "launch"),
     *("communicator", "ending", "world"),
     *("collectives", "broadcasting"),
-    *("buckets", "gradients", "agreement", "model"),
+    *("buckets", "ballot", "codecs", "join", "gradients"),
+    *("agreement", "attachment", "model", "sync_batchnorm"),
+    *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
+    *("horovod_types", "horovod_ops", "horovod_optimizer", "horovod"),
     *("__init__", "testing"),
     *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench", "info"),
 )
@@ -55,8 +58,11 @@ UPWARD = {("communicator", "broadcasting")}
 # Who may know torch: its arrays, its store, its models, and the programs.
 TORCH_MODULES = {
     *("tensors", "bootstrap", "launch"),
-    *("broadcasting", "buckets", "gradients", "agreement", "model"),
+    *("broadcasting", "buckets", "ballot", "codecs", "join", "gradients"),
+    *("agreement", "attachment", "model", "sync_batchnorm"),
     *("bench_peers", "bench", "info"),
+    *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
+    *("horovod_types", "horovod_ops", "horovod_optimizer", "horovod"),
 }
 WORDS = {
     r"(?<![\w.~])/(home|root|work|opt|mnt|tmp|Users)/": "a path of one machine",

@@ -387,7 +387,7 @@ def test_copies_connect_when_they_are_trained(how):
             torch.save(wrapped, file)
             file.seek(0)
             twin = torch.load(file, weights_only=False)
-            twin._parent = wrapped._parent  # these ranks are not the world
+            twin._attachment.comm = wrapped._attachment.comm  # these ranks are not the world
         if rank == 0:
             with torch.no_grad():
                 twin(normal(4, 3))

@@ -1,0 +1,262 @@
+"""Uses of a DistributedModel that are legal for a module, and seldom thought of."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from wrapped import (
+    TINY,
+    alone,
+    assert_close,
+    assert_equal,
+    build,
+    gradients,
+    mean,
+    mlp,
+    normal,
+    run_copies,
+    times,
+)
+
+
+def plain_loss(model, rank):
+    return model(normal(4, 3, seed=rank)).square().sum()
+
+
+def two_steps(loss):
+    def run(wrapped, rank):
+        for _ in range(2):
+            wrapped.zero_grad()
+            loss(wrapped, rank).backward()
+        return gradients(wrapped)
+
+    return run
+
+
+@pytest.mark.parametrize("op", ["avg", "sum"])
+def test_outputs_that_are_dropped(op):
+    """Also on one rank alone, and under no_sync: a forward by itself is nobody else's business."""
+    model = build(lambda: mlp(3, 4, 2))
+
+    def run(wrapped, rank):
+        for _ in range(2):
+            wrapped.zero_grad()
+            if rank:
+                plain_loss(wrapped, rank + 5)
+                with wrapped.no_sync():
+                    plain_loss(wrapped, rank + 6)
+            loss = plain_loss(wrapped, rank)
+            if not rank:
+                plain_loss(wrapped, 7)
+            loss.backward()
+        return gradients(wrapped)
+
+    for grads in run_copies(2, model, run, op=op):
+        assert_close(grads, times(2 if op == "sum" else 1, mean(2, model, plain_loss)))
+
+
+def test_one_of_several_outputs():
+    """Another one on each rank, the other dropped."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 1) for _ in "abc")
+
+        def forward(self, x):
+            x = self.body(x).tanh()
+            return tuple(head(x) for head in self.heads)
+
+    def loss(m, rank):
+        return m(normal(4, 3, seed=rank))[rank].square().sum()
+
+    model = build(Heads)
+    for grads in run_copies(2, model, two_steps(loss), **TINY):
+        assert_close(grads, mean(2, model, loss))
+
+
+class Twice(nn.Module):
+    """Two checkpoints one after the other, or one within the other."""
+
+    def __init__(self, nested, use_reentrant):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.nested = nested
+        self.options = {"use_reentrant": use_reentrant}
+
+    def inner(self, x):
+        return checkpoint(self.second, x.tanh(), **self.options)
+
+    def outer(self, x):
+        return self.inner(self.first(x))
+
+    def forward(self, x):
+        if self.nested:
+            return checkpoint(self.outer, x, **self.options)
+        return self.inner(checkpoint(self.first, x, **self.options))
+
+
+@pytest.mark.parametrize("limits", [{}, TINY])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_checkpoints_within_checkpoints(nested, use_reentrant, limits):
+    model = build(lambda: Twice(nested, use_reentrant))
+
+    def loss(m, rank):
+        return m(normal(4, 3, seed=rank).requires_grad_()).square().sum()
+
+    for grads in run_copies(2, model, two_steps(loss), **limits):
+        assert_close(grads, mean(2, model, loss))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_compiled(backend, where):
+    """A compiled module is wrapped, or a wrapped one compiled. Ranks compile in turn."""
+    lock = threading.Lock()
+    model = build(lambda: mlp(3, 4, 2))
+
+    def run(wrapped, rank):
+        if where == "inside":
+            wrapped.module.compile(backend=backend)
+            compiled = wrapped
+        else:
+            compiled = torch.compile(wrapped, backend=backend)
+        for _ in range(2):
+            wrapped.zero_grad()
+            with lock:
+                loss = plain_loss(compiled, rank)
+            loss.backward()
+        return gradients(wrapped)
+
+    for grads in run_copies(2, model, run):
+        assert_close(grads, mean(2, model, plain_loss))
+
+
+def test_hooks_of_the_user():
+    """On gradients they work on this rank's, before it is reduced; on modules as ever."""
+    model = build(lambda: mlp(3, 2))
+    calls = []
+
+    def run(wrapped, rank):
+        wrapped.module[0].weight.register_hook(lambda grad: grad * (1 + rank))
+        wrapped.register_forward_hook(lambda module, args, y: calls.append("forward"))
+        wrapped.register_full_backward_hook(lambda module, a, b: calls.append("backward"))
+        wrapped.module.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        plain_loss(wrapped, rank).backward()
+        return gradients(wrapped)
+
+    def loss(m, rank):
+        return m(2 * normal(4, 3, seed=rank)).square().sum()
+
+    of_ranks = [alone(model, rank, loss) for rank in range(2)]
+    weight = (of_ranks[0]["0.weight"] + 2 * of_ranks[1]["0.weight"]) / 2
+    for grads in run_copies(2, model, run):
+        assert_close(grads, mean(2, model, loss) | {"0.weight": weight})
+    assert sorted(calls) == ["backward"] * 2 + ["forward"] * 2
+
+
+def test_functional_call_trains_others():
+    """The model's own parameters are unused then; after it, they train as before."""
+    model = build(lambda: mlp(3, 2))
+
+    def run(wrapped, rank):
+        others = {
+            name: x.detach().clone().requires_grad_() for name, x in wrapped.named_parameters()
+        }
+        y = torch.func.functional_call(wrapped, others, (normal(4, 3, seed=rank),))
+        y.square().sum().backward()
+        assert all(x.grad is None for x in wrapped.parameters())
+        local = {name: x.grad for name, x in others.items()}
+        assert_equal(local, alone(model, rank, plain_loss))
+        plain_loss(wrapped, rank).backward()
+        return gradients(wrapped)
+
+    for grads in run_copies(2, model, run):
+        assert_close(grads, mean(2, model, plain_loss))
+
+
+def test_outputs_that_are_inputs_or_need_no_gradient():
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return x, self.layer(x), x.detach(), None, 3
+
+    def loss(m, rank):
+        x, y, _, _, factor = m(normal(4, 3, seed=rank).requires_grad_())
+        return x.sum() + factor * y.square().sum()
+
+    model = build(Passing)
+    for grads in run_copies(2, model, two_steps(loss)):
+        assert_close(grads, mean(2, model, loss))
+
+
+def test_a_loss_without_this_model():
+    """A rank whose loss does not depend on a parameter still takes part, with zeros."""
+    model = build(lambda: mlp(3, 2))
+
+    def loss(m, rank):
+        y = m(normal(4, 3, seed=rank))
+        return y.square().sum() if rank else (y * 0).sum()
+
+    for grads in run_copies(2, model, two_steps(loss)):
+        assert_close(grads, mean(2, model, loss))
+
+
+@pytest.mark.parametrize("pattern", ["ssLs", "LsLLs", "sLLL"])
+def test_no_sync_in_any_pattern(pattern):
+    """s: reduced; L: local. What is local at the end stays so until the next reduced backward."""
+    model = build(lambda: mlp(3, 4, 2))
+
+    def run(wrapped, rank):
+        for step, kind in enumerate(pattern):
+            if kind == "s":
+                plain_loss(wrapped, rank + 10 * step).backward()
+            else:
+                with wrapped.no_sync():
+                    plain_loss(wrapped, rank + 10 * step).backward()
+        return gradients(wrapped)
+
+    def loss_of(step):
+        return lambda m, rank: plain_loss(m, rank + 10 * step)
+
+    end = pattern.rindex("s") + 1
+    reduced = mean(2, model, *map(loss_of, range(end)))
+    for rank, grads in enumerate(run_copies(2, model, run, **TINY)):
+        local = alone(model, rank, *map(loss_of, range(end, len(pattern))))
+        expected = {n: x + (0 if local[n] is None else local[n]) for n, x in reduced.items()}
+        assert_close(grads, expected)
+
+
+def test_recurrent_layers():
+    """Weights of which torch keeps one flat copy, and outputs that are nested."""
+    model = build(lambda: nn.LSTM(3, 4, num_layers=2))
+
+    def loss(m, rank):
+        y, (h, c) = m(normal(5, 2, 3, seed=rank))
+        return y.square().sum() + h.sum() + c.sum()
+
+    for grads in run_copies(2, model, two_steps(loss), **TINY):
+        assert_close(grads, mean(2, model, loss))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("compression", [None, "bf16"])
+def test_sparse_gradients(compression, weighted):
+    """Dense when they are reduced, however."""
+    model = build(lambda: nn.Embedding(6, 3, sparse=True))
+
+    def loss(m, rank):
+        return m(torch.tensor([rank, 3])).square().sum()
+
+    def run(wrapped, rank):
+        wrapped.set_weight(2 if weighted else None)
+        return two_steps(loss)(wrapped, rank)
+
+    for grads in run_copies(2, model, run, compression=compression):
+        assert_close(grads, mean(2, model, loss), 1e-2 if compression else 1e-12)
