@@ -234,6 +234,9 @@ class Communicator:
         Other ranks that still wait for this one get PeerFailed.
         """
         self.core.close()
+        # An aborted one is still looked at when the job ends; any other gives back its memory now.
+        if self.core in self.bootstrap.opened and not self.core.aborted:
+            self.bootstrap.opened.remove(self.core)
 
     def __enter__(self) -> Communicator:
         return self

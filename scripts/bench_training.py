@@ -24,17 +24,23 @@ from torch import Tensor, nn
 
 import ringreduce as rr
 from ringreduce.bench import describe, parse_list
-from ringreduce.bench_peers import Gloo, Loop, Unavailable
+from ringreduce.bench_peers import Gloo, Unavailable
 from ringreduce.bench_table import number
 from ringreduce.bench_timing import gather, measure, seconds_left
 
 if TYPE_CHECKING:
     from ringreduce.communicator import Communicator
 
-FIRST_STEPS = 3  # not timed; DDP arranges its buckets anew after the first
+FIRST_STEPS = 2  # not timed; DDP arranges its buckets anew after the first
 GRADIENT_TOLERANCE = 1e-3  # relative, after so many steps
 LEARNING_RATE = 1e-3
 WAYS = ("local", "ddp", "ringreduce")
+EXPLANATION = (
+    "times: ms of a step, slowest rank, median over rounds: local, then what is added to it;",
+    "ratio: ringreduce's addition / DDP's",
+    "memory: peak beyond the local way's, in units of the gradients' bytes, mean over ranks:",
+    "resident pages, those of shared memory divided by how many ranks have touched them",
+)
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -45,6 +51,7 @@ class Task:
 
     build: Callable[[], nn.Module]
     batch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+    steps: int  # of one way before it is another's turn
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,6 @@ class Row:
     extra_memory: dict[str, float | None]  # peak, in units of gradient_bytes, mean over ranks
     difference: float  # of ringreduce's gradients from DDP's, relative
     rounds_ms: dict[str, list[float]]
-    steps_per_round: dict[str, int]
 
 
 class SmallGpt(nn.Module):
@@ -113,9 +119,9 @@ def random_text(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 TASKS = {
-    "mlp": Task(build_mlp, random_rows(32, 1024, 1024)),
-    "gpt": Task(SmallGpt, random_text),
-    "tiny": Task(build_tiny, random_rows(8, 32, 32)),
+    "mlp": Task(build_mlp, random_rows(32, 1024, 1024), 1),
+    "gpt": Task(SmallGpt, random_text, 1),
+    "tiny": Task(build_tiny, random_rows(8, 32, 32), 4),
 }
 
 
@@ -188,7 +194,6 @@ def make_row(
     seconds: dict[str, list[float]],
     grown_bytes: dict[str, float | None],
     difference: float,
-    steps: dict[str, int],
 ) -> Row:
     """seconds: per step, by way, in rounds; the rounds of all ways belong together."""
     local = seconds["local"]
@@ -211,24 +216,25 @@ def make_row(
         },
         difference=difference,
         rounds_ms={way: [each * 1e3 for each in taken] for way, taken in seconds.items()},
-        steps_per_round=steps,
     )
 
 
-def run_task(comm: Communicator, name: str, rounds: int, share_s: float) -> Row:
+def run_task(comm: Communicator, name: str, rounds: int, deadline_s: float) -> Row:
     """Collective. Builds all three ways, lets each take its first steps, then times them."""
+    task = TASKS[name]
     wraps: dict[str, Wrap] = {
         "local": lambda module: module,
         "ddp": nn.parallel.DistributedDataParallel,
         "ringreduce": lambda module: rr.DistributedModel(module, comm=comm),
     }
+    Contestant(task, wraps["local"], comm.rank).loop(1)  # libraries take their own memory
     ways: dict[str, Contestant] = {}
     grown_bytes: dict[str, float | None] = {}
     for way in WAYS:
         comm.barrier()
         memory = Memory()
         comm.barrier()
-        ways[way] = Contestant(TASKS[name], wraps[way], comm.rank)
+        ways[way] = Contestant(task, wraps[way], comm.rank)
         ways[way].loop(FIRST_STEPS)
         comm.barrier()  # all have touched what they share
         grown = memory.grown_bytes()
@@ -237,7 +243,8 @@ def run_task(comm: Communicator, name: str, rounds: int, share_s: float) -> Row:
     ours, theirs = ways["ringreduce"].gradients(), ways["ddp"].gradients()
     difference = float(gather(comm, [largest_difference(ours, theirs)]).max())
     gc.disable()  # a collection inside a round would be counted
-    steps, seconds = measure(comm, [ways[way].loop for way in WAYS], rounds, share_s)
+    loops = [ways[way].loop for way in WAYS]
+    _, seconds = measure(comm, loops, rounds, seconds_left(comm, deadline_s), task.steps)
     gc.enable()
     parameters = list(ways["local"].model.parameters())
     return make_row(
@@ -247,23 +254,22 @@ def run_task(comm: Communicator, name: str, rounds: int, share_s: float) -> Row:
         dict(zip(WAYS, seconds.T.tolist(), strict=True)),
         grown_bytes,
         difference,
-        dict(zip(WAYS, steps, strict=True)),
     )
 
 
 def heading() -> str:
     return (
-        f"{'#':1} {'model':>5} {'parameters':>11} {'local':>8} {'ddp':>9} {'ringreduce':>11}"
-        f" {'ratio':>6} {'memory: ddp':>12} {'ringreduce':>11}"
+        f"# {'model':>5} {'parameters':>11} {'local':>8} {'ddp':>9} {'ringreduce':>11}"
+        f" {'ratio':>6} {'ddp memory':>11} {'ringreduce memory':>18}"
     )
 
 
 def line(row: Row) -> str:
-    ddp, ours = (f"+{number(row.added_ms[way])}" for way in WAYS[1:])
+    ddp, ours = (number(row.added_ms[way]) for way in WAYS[1:])
     memory = [number(row.extra_memory[way]) for way in WAYS[1:]]
     return (
         f"  {row.model:>5} {row.parameters:>11} {number(row.local_ms):>8} {ddp:>9} {ours:>11}"
-        f" {number(row.ratio):>6} {memory[0]:>12} {memory[1]:>11}"
+        f" {number(row.ratio):>6} {memory[0]:>11} {memory[1]:>18}"
     )
 
 
@@ -272,7 +278,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=parse_list(TASKS), default=list(TASKS), help=f"of {','.join(TASKS)}")
     add("--rounds", type=int, default=15, help="of each model, at most (%(default)s)")
-    add("--seconds", type=float, default=60.0, help="for all timed steps, about (%(default)s)")
+    add("--seconds", type=float, default=45.0, help="for the whole run, about (%(default)s)")
     add("--json", metavar="FILE", help="write everything measured")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or not options.models:
@@ -297,15 +303,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe(comm)
     for text in machine.values():
         say(f"# {text}")
-    say("# ms of a step, slowest rank: local, then what communication adds to it; ratio = ringreduce's")
-    say("# addition / DDP's; medians over rounds. memory: peak beyond the local step's, over the bytes")
-    say("# of the gradients; resident pages, those of shared memory divided by who maps them")
+    for text in EXPLANATION:
+        say(f"# {text}")
     say(heading())
     deadline_s = time.perf_counter() + options.seconds
     rows = []
     for index, name in enumerate(options.models):
-        share_s = seconds_left(comm, deadline_s) / (len(options.models) - index)
-        rows.append(run_task(comm, name, options.rounds, share_s))
+        now_s = time.perf_counter()
+        task_deadline_s = now_s + (deadline_s - now_s) / (len(options.models) - index)
+        own = comm.split(0)  # opening one drops what closed ones still hold
+        assert own is not None
+        with own:
+            rows.append(run_task(own, name, options.rounds, task_deadline_s))
         say(line(rows[-1]))
     gloo.close()
     wrong = [row.model for row in rows if not row.difference <= GRADIENT_TOLERANCE]

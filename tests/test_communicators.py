@@ -9,7 +9,7 @@ import pytest
 import torch
 from expected import ALGORITHMS
 
-from ringreduce import MismatchError, NotInitialized, PeerFailed, RingReduceError
+from ringreduce import MismatchError, NotInitialized, PeerFailed, RingReduceError, testing
 from ringreduce.communicator import Communicator
 
 pytestmark = pytest.mark.core
@@ -219,8 +219,8 @@ def test_calls_in_another_order(ranks):
         for x in (first, second):
             with pytest.raises(MismatchError, match=r"\((5,\).*\(3|3,\).*\(5),\)"):
                 comm.allreduce(x)
-        works = [comm.allreduce(x, async_op=True) for x in (first, second)]
-        for work in works:
+        for x in (first, second):
+            work = comm.allreduce(x, async_op=True)
             with pytest.raises(MismatchError, match=r"\((5,\).*\(3|3,\).*\(5),\)"):
                 work.wait()
         meet_well(comm)
@@ -431,10 +431,7 @@ def test_opening_and_closing_leaks_nothing(ranks):
         ranks(3, check)
 
 
-def test_a_forked_child_is_no_rank(ranks):
-    if ranks.__name__ == "run_threads":
-        pytest.skip("a process of many threads must not fork")
-
+def test_a_forked_child_is_no_rank():
     def check(comm):
         part = comm.split(0)
         x = ones(3)
@@ -462,7 +459,8 @@ def test_a_forked_child_is_no_rank(ranks):
         meet_well(comm)
         return True
 
-    assert ranks(3, check) == [True] * 3
+    # Of forks only: a process of many threads must not fork.
+    assert testing.run_forks(3, check) == [True] * 3
 
 
 def test_attributes(ranks):

@@ -179,7 +179,7 @@ def test_every_16_bit_pattern_survives(ranks, algorithm):
 @pytest.mark.parametrize("size", (2, 3, 8))
 def test_nan_and_infinity(ranks, size, algorithm):
     def check(comm):
-        for dtype, whose, count in itertools.product(FLOATS, range(size), (1, 37, 5000)):
+        for dtype, whose, count in itertools.product(FLOATS, {0, size // 2, size - 1}, (37, 5000)):
             mine = comm.rank == whose
             kind = getattr(torch, dtype)
             x = torch.full((count,), float(comm.rank), dtype=kind)

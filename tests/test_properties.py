@@ -258,13 +258,13 @@ def run_program(runner, program):
 
 
 @given(programs())
-@settings(SETTINGS, max_examples=200)
+@settings(SETTINGS, max_examples=150)
 def test_programs_of_threads(program):
     run_program(testing.run_threads, program)
 
 
 @given(programs())
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=40)
 def test_programs_of_forks(program):
     run_program(testing.run_forks, program)
 

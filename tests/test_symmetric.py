@@ -93,7 +93,7 @@ def test_allreduce_in_symmetric_memory(ranks, cores, size, algorithm):
             150_001,
         )
     ]
-    cases = share(every, 0.07, size, algorithm, cores, ranks.__name__)
+    cases = share(every, 0.05, size, algorithm, cores, ranks.__name__)
     inputs = [
         [exact_values((count,), d, op, rank) for rank in range(size)] for d, op, count in cases
     ]
