@@ -152,7 +152,7 @@ def package_imports(tree: ast.AST) -> Iterator[str]:
             if node.level or package == "ringreduce":
                 names = [alias.name for alias in node.names]
                 inside = [name if name in PYTHON_ORDER else "__init__" for name in names]
-                yield from [module] if module else inside
+                yield from [module.rpartition(".")[2]] if module else inside
 
 
 def test_python_imports_go_down() -> None:

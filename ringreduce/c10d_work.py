@@ -1,0 +1,180 @@
+"""Works and futures of the torch.distributed backend: how a torch program waits for collectives.
+
+torch's reducer and its communication hooks know of no `Work.wait`, only of futures with callbacks.
+A thread for each group completes them. What the collectives do is in c10d.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Waitable(Protocol):
+    """A `ringreduce.Work`, or what behaves like one."""
+
+    def wait(self, timeout: float | None = None) -> Any: ...
+
+    def done(self) -> bool: ...
+
+
+class Callbacks:
+    """The thread that completes the futures of a group and runs their callbacks.
+
+    One after the other, in the order in which the program asked for them: the same on all ranks,
+    whenever an operation happens to end. So callbacks may call collectives themselves. Those must
+    not mix with what the program calls meanwhile: the group has a communicator for them.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+        self._executor = ThreadPoolExecutor(1, "ringreduce-c10d", initializer=self._mark)
+
+    def here(self) -> bool:
+        """Whether the caller runs within a callback."""
+        return getattr(self._thread, "is_ours", False)
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Runs it after all others; within a callback at once."""
+        if self.here():
+            task()
+        else:
+            self._executor.submit(task)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=not self.here())
+
+    def _mark(self) -> None:
+        self._thread.is_ours = True
+
+
+class GroupWork(dist._Work):
+    """What every call of the process group returns. Its operands are kept alive without it."""
+
+    def __init__(
+        self,
+        works: Sequence[Waitable],
+        value: list[Any],
+        callbacks: Callbacks,
+        finish: Callable[[list[Any]], None] | None = None,
+    ) -> None:
+        """value: of the future. finish: takes the results of the works, to bring them into place.
+
+        The first thread that waits runs it.
+        """
+        super().__init__()
+        self._works = works
+        self._value = value
+        self._callbacks = callbacks
+        self._finish = finish
+        self._finishing = threading.Lock()
+        self._future: _Future | None = None
+        self._starting = threading.Lock()
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Waits until the outputs are there. timeout: None or 0 is that of the group."""
+        limit_s = timeout.total_seconds() if timeout else None
+        results = [work.wait(limit_s) for work in self._works]
+        with self._finishing, torch.no_grad():
+            if self._finish is not None:
+                self._finish(results)
+                self._finish = None
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.done() for work in self._works)
+
+    def is_success(self) -> bool:
+        return self.is_completed() and self.exception() is None
+
+    def exception(self) -> BaseException | None:
+        if self.is_completed():
+            try:
+                self.wait()
+            except Exception as error:
+                return error
+        return None
+
+    def result(self) -> list[Any]:
+        self.wait()
+        return self._value
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def get_future(self) -> torch.futures.Future:
+        """Completed by the thread of the callbacks. Within a callback it is complete at once."""
+        with self._starting:
+            if self._future is not None:
+                return self._future
+            future = self._future = _Future(self._callbacks, self)
+        self._callbacks.run(self.complete)
+        if torch._C._current_graph_task_id() >= 0:
+            # Within a backward, whose end waits for its futures in C++, which sees no error of a
+            # future made by Python: so the backward raises it itself.
+            torch.autograd.Variable._execution_engine.queue_callback(self.synchronize)
+        return future
+
+    def complete(self) -> None:
+        """On the thread of the callbacks: gives the future its value, and so runs its callbacks."""
+        future = self._future
+        if future is None or future.done():
+            return
+        try:
+            self.wait()
+        except Exception as error:
+            future.error = error
+        future.work = None
+        future.set_result(self._value)
+
+
+class _Future(torch.futures.Future):
+    """One whose callbacks run on the thread of the callbacks even if it is complete already."""
+
+    def __init__(self, callbacks: Callbacks, work: GroupWork | None = None) -> None:
+        super().__init__()
+        self.work = work  # until it is complete; of the value of a callback, there is none
+        self.error: Exception | None = (
+            None  # of the work: C++ takes a value that is one for tensors
+        )
+        self._callbacks = callbacks
+
+    def wait(self) -> Any:
+        if self._callbacks.here():
+            self._complete()
+        super().wait()
+        return self.value()
+
+    def value(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return super().value()
+
+    def then(self, callback: Callable[[Any], Any]) -> torch.futures.Future:
+        derived = _Future(self._callbacks)
+
+        def run() -> None:
+            self._complete()
+            try:
+                value = callback(self)
+            except Exception as error:
+                derived.set_exception(error)
+            else:
+                derived.set_result(value)
+
+        self._callbacks.run(run)
+        return derived
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self.then(callback)
+
+    def _complete(self) -> None:
+        work = self.work
+        if work is not None:
+            work.complete()

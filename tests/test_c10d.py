@@ -1,0 +1,327 @@
+"""The torch.distributed backend: its collectives, DDP on it, and how it is started and fails."""
+
+import os
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import run_to_end
+from torch import nn
+
+COLLECTIVES = """
+import os, torch, ringreduce.c10d, torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+
+def listening():
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    own = {os.readlink(link)[8:-1] for link in links if os.path.islink(link)}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/self/net/{name}")]
+    return sorted(line[9] for line in lines if line[3] == "0A" and line[9] in own)
+
+listening_before = listening()  # those of MPI
+ringreduce.c10d.init_process_group()
+r, n = dist.get_rank(), dist.get_world_size()
+assert dist.get_backend() == "ringreduce" and n == 3
+group = dist.group.WORLD
+core = group._main.core
+
+def full(value, *shape, dtype=torch.float32):
+    return torch.full(shape or (3,), value, dtype=dtype)
+
+for op, expected in (("SUM", 9), ("AVG", 3), ("PRODUCT", 24), ("MIN", 2), ("MAX", 4)):
+    x = full(r + 2)
+    before = core.sequence
+    dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    assert core.sequence == before + 1 and (x == expected).all(), op
+x = full(r + 1).to(torch.complex64) * 1j
+dist.all_reduce(x)
+assert (x == 6j).all()
+x = full(r + 1)
+dist.all_reduce(x, dist._make_nccl_premul_sum(0.5))
+assert (x == 3).all()
+try:
+    dist.all_reduce(x.int(), dist.ReduceOp.BAND)
+except ValueError as error:
+    assert "no op BAND" in str(error)
+else:
+    raise AssertionError("BAND")
+xs = [full(r), full(r, 2, dtype=torch.int64)]
+group.allreduce_coalesced(xs).wait()
+assert all((x == 3).all() for x in xs)
+x = torch.full((4, 5), float(r)).t()[1:4]
+dist.broadcast(x, 2)
+assert (x == 2).all()
+x = torch.tensor([r], dtype=torch.uint16)
+dist.broadcast(x, 1)
+assert x.item() == 1
+
+outputs = [torch.empty(2, i + 1) for i in range(n)]
+dist.all_gather(outputs, full(r, 2, r + 1))
+assert [x.unique().tolist() for x in outputs] == [[0], [1], [2]]
+for shape in ((2 * n, 3), (n, 2, 3)):
+    whole = torch.empty(shape)
+    dist.all_gather_into_tensor(whole, full(r, 2, 3))
+    assert torch.equal(whole.view(n, 6), torch.arange(3.0)[:, None].expand(n, 6))
+part = torch.empty(2)
+dist.reduce_scatter_tensor(part, torch.arange(6.0))
+assert part.tolist() == [n * 2 * r, n * (2 * r + 1)]
+dist.reduce_scatter(part, list(torch.arange(6.0).split(2)), dist.ReduceOp.AVG)
+assert part.tolist() == [2 * r, 2 * r + 1]
+part = torch.empty(r)
+dist.reduce_scatter(part, [full(i, i) for i in range(n)])
+assert (part == n * r).all()
+x = full(r + 1)
+dist.reduce(x, 1)
+assert (x == (6 if r == 1 else r + 1)).all()
+
+gathered = [torch.empty(2) for _ in range(n)] if r == 2 else None
+dist.gather(full(r, 2), gathered, 2)
+assert r != 2 or [x[0].item() for x in gathered] == [0, 1, 2]
+x = torch.empty(2)
+dist.scatter(x, [full(i, 2) for i in range(n)] if r == 1 else None, 1)
+assert (x == r).all()
+x = torch.empty(n)
+dist.all_to_all_single(x, torch.arange(float(n)) + 10 * r)
+assert x.tolist() == [10 * i + r for i in range(n)]
+x = torch.empty(n * (r + 1))
+dist.all_to_all_single(x, full(r, 6), [r + 1] * n, [1, 2, 3])
+assert x.tolist() == [i for i in range(n) for _ in range(r + 1)]
+objects = [None] * n
+dist.all_gather_object(objects, {"rank": r})
+assert objects == [{"rank": i} for i in range(n)]
+objects = [{"rank": r}]
+dist.broadcast_object_list(objects, 1)
+assert objects == [{"rank": 1}]
+
+x, y = torch.empty(4), torch.empty(2, 2).t()
+works = [dist.isend(full(10 * r + tag, 4), (r + 1) % n, tag=tag) for tag in (0, 1)]
+works.append(dist.irecv(y, (r - 1) % n, tag=1))  # tags may be received in any order
+works.append(dist.irecv(x, (r - 1) % n))
+[work.wait() for work in works]
+assert (x == 10 * ((r - 1) % n)).all() and (y == 10 * ((r - 1) % n) + 1).all()
+
+works = [dist.all_reduce(full(i, 1000), async_op=True) for i in range(5)]
+assert [work.result()[0][0].item() for work in works[::-1]] == [12, 9, 6, 3, 0]
+assert all(work.is_completed() and work.is_success() for work in works)
+# Callbacks call collectives themselves, while the program goes on with its own.
+def again(future):
+    return dist.all_reduce(future.value()[0], async_op=True).get_future().wait()[0]
+futures = [dist.all_reduce(full(i), async_op=True).get_future().then(again) for i in range(9)]
+assert [future.wait()[0].item() for future in futures] == [9.0 * i for i in range(9)]
+assert functional.all_reduce(full(r), "sum", group).tolist() == [3, 3, 3]
+
+even, odd = dist.new_group([0, 2]), dist.new_group([1])
+mine = odd if r == 1 else even
+x = full(r)
+dist.all_reduce(x, group=mine)
+assert (x == (1 if r == 1 else 2)).all()
+x = full(r)
+if r != 1:
+    dist.broadcast(x, 2, group=even)
+    assert (x == 2).all()
+dist.destroy_process_group(mine)
+local = dist.new_group([0, 1], use_local_synchronization=True)
+if r < 2:
+    dist.all_reduce(x, group=local)
+dist.barrier()
+assert listening() == listening_before
+dist.destroy_process_group()
+for turn in range(2):  # again, then with torch's own store
+    dist.init_process_group("ringreduce") if turn else ringreduce.c10d.init_process_group()
+    assert (len(listening()) > len(listening_before)) == (turn == 1 and r == 0)
+    dist.all_reduce(x := full(1))
+    assert (x == n).all()
+    dist.destroy_process_group()
+print("well", flush=True)
+"""
+# A DDP script as it is: nothing of ringreduce but the import and the name of the backend.
+DDP_SCRIPT = """
+import os
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+import ringreduce.c10d
+
+dist.init_process_group("ringreduce")
+rank, local_rank = dist.get_rank(), int(os.environ["LOCAL_RANK"])
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(48, 8, dtype=torch.float64), torch.randn(48, 4).double())
+sampler = DistributedSampler(data, shuffle=False)
+torch.manual_seed(rank)
+net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+model = DDP(net)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+for epoch in range(2):
+    sampler.set_epoch(epoch)
+    for x, y in DataLoader(data, batch_size=4, sampler=sampler):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+if rank == 0:
+    torch.save(net.state_dict(), os.environ["RESULT"])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+DDP_VARIANTS = """
+import copy, torch, ringreduce.c10d, torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel as DDP
+ringreduce.c10d.init_process_group()
+r, n = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+start = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+data = torch.randn(5, 4 * n, 8, dtype=torch.float64)
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+def train(model, make_optimizer=sgd, rows=slice(r, None, n)):
+    optimizer = make_optimizer(model.parameters())
+    for x in data:
+        optimizer.zero_grad()
+        model(x[rows]).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+alone = copy.deepcopy(start)
+train(alone, rows=slice(None))
+
+def check(model, tolerance=1e-12):
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (a - b).abs().max() <= tolerance
+
+tiny = {"bucket_cap_mb": 1e-4}
+for options in ({"static_graph": True}, {"gradient_as_bucket_view": True}, tiny):
+    train(model := DDP(copy.deepcopy(start), **options))
+    check(model)
+powers = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)
+for hook, state, tolerance in (
+    (default_hooks.allreduce_hook, None, 1e-12),
+    (default_hooks.fp16_compress_hook, None, 1e-3),
+    (powerSGD_hook.powerSGD_hook, powers, 1.0),
+):
+    model = DDP(copy.deepcopy(start), **tiny)
+    model.register_comm_hook(state, hook)
+    train(model)
+    check(model, tolerance)
+    sums = torch.stack([x.sum() for x in model.parameters()])
+    gathered = [torch.empty_like(sums) for _ in range(n)]
+    dist.all_gather(gathered, sums)
+    assert torch.equal(gathered[0], gathered[-1]), hook  # the same model everywhere
+for view in (False, True):
+    model = DDP(copy.deepcopy(start))
+    shards = train(model, lambda parameters: ZeroRedundancyOptimizer(
+        parameters, torch.optim.SGD, lr=0.1, parameters_as_bucket_view=view))
+    check(model)
+shards.consolidate_state_dict(0)
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 1), nn.Linear(8, 1)
+    def forward(self, x):
+        return (self.b if r else self.a)(x)
+
+model = DDP(Branches(), find_unused_parameters=True)
+model(torch.ones(1, 8)).sum().backward()
+assert (model.module.a.weight.grad == 1 / n).all() and (model.module.b.weight.grad == 0.5).all()
+model = DDP(nn.Embedding(4, 3, sparse=True))
+model(torch.tensor([r, 2])).sum().backward()
+assert model.module.weight.grad.to_dense()[:, 0].tolist() == [0.5, 0.5, 1, 0]
+model = DDP(copy.deepcopy(start))
+with model.no_sync():
+    model(data[0, r::n]).square().mean().backward()
+model(data[1, r::n]).square().mean().backward()
+lone = copy.deepcopy(start)
+(lone(data[0]).square().mean() + lone(data[1]).square().mean()).backward()
+assert (model.module[0].weight.grad - lone[0].weight.grad).abs().max() <= 1e-12
+with model.join():
+    for x in data[: 2 + r]:
+        model(x[:2]).sum().backward()
+print("well", flush=True)
+"""
+
+
+@pytest.mark.core
+def test_collectives(mpirun):
+    done = mpirun(3, COLLECTIVES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("well") == 3
+
+
+@pytest.mark.core
+def test_a_ddp_script_trains_as_one_process(mpirun, tmp_path):
+    result = tmp_path / "model"
+    done = mpirun(2, DDP_SCRIPT, env={"RESULT": str(result)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    torch.manual_seed(0)
+    x, y = torch.randn(48, 8, dtype=torch.float64), torch.randn(48, 4).double()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for begin in [*range(0, 48, 8)] * 2:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x[begin : begin + 8]), y[begin : begin + 8]).backward()
+        optimizer.step()
+    found = torch.load(result)
+    for name, expected in net.state_dict().items():
+        assert (found[name] - expected).abs().max() <= 1e-12, name
+
+
+def test_ddp_with_all_that_comes_with_it(mpirun):
+    done = mpirun(2, DDP_VARIANTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("well") == 2
+
+
+def test_under_torchrun_without_mpi(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DDP_SCRIPT)
+    environment = os.environ | {"RESULT": str(tmp_path / "model"), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = run_to_end([*launcher, "--nproc-per-node=2", str(script)], environment, 60.0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "model").exists()
+
+
+def test_a_world_of_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DDP_SCRIPT)
+    environment = os.environ | {"RESULT": str(tmp_path / "model")}
+    done = run_to_end([sys.executable, str(script)], environment, 60.0)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_errors_come_out_of_backward_and_end_the_job(mpirun):
+    done = mpirun(
+        2,
+        textwrap.dedent("""
+        import torch, ringreduce as rr, ringreduce.c10d, torch.distributed as dist
+        ringreduce.c10d.init_process_group()
+        r = dist.get_rank()
+        work = dist.all_reduce(torch.ones(2 + r), async_op=True)
+        for _ in range(2):
+            try:
+                work.wait()
+            except rr.MismatchError:
+                print("mismatch", flush=True)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        loss = model(torch.ones(1, 2)).sum()
+        try:
+            loss.backward() if r == 0 else dist.all_reduce(torch.ones(7))
+        except rr.MismatchError:
+            print("mismatch", flush=True)
+        if r == 1:
+            raise KeyError("nobody catches this")
+        dist.all_reduce(torch.ones(1))
+        """),
+    )
+    assert done.returncode != 0
+    assert done.stdout.count("mismatch") == 6, done.stdout + done.stderr
+    assert "nobody catches this" in done.stderr and "PeerFailed" in done.stderr, done.stderr

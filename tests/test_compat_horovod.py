@@ -1,0 +1,162 @@
+"""The names of horovod.torch: what the calls give, and a script that changes only its import."""
+
+import pytest
+import torch
+from torch import nn
+
+# A script as Horovod's users write them, but for its first line.
+SCRIPT = """
+import ringreduce.compat.horovod as hvd
+import os
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+hvd.init()
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(48, 8, dtype=torch.float64), torch.randn(48, 4).double())
+sampler = DistributedSampler(data, num_replicas=hvd.size(), rank=hvd.rank(), shuffle=False)
+torch.manual_seed(hvd.rank())
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05 * hvd.size(), momentum=0.9)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+optimizer = hvd.DistributedOptimizer(
+    optimizer, named_parameters=model.named_parameters(), op=hvd.Average
+)
+for epoch in range(2):
+    sampler.set_epoch(epoch)
+    for x, y in DataLoader(data, batch_size=4, sampler=sampler):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    average = hvd.allreduce(loss.detach(), name="loss").item()
+if hvd.rank() == 0:
+    torch.save(model.state_dict(), os.environ["RESULT"])
+hvd.join()
+hvd.shutdown()
+"""
+
+CALLS = """
+import torch
+import ringreduce.compat.horovod as hvd
+hvd.init(process_sets=[pair := hvd.ProcessSet([0, 2])])
+r, n = hvd.rank(), hvd.size()
+assert n == 3 and (hvd.cross_rank(), hvd.cross_size()) == (0, 1) and hvd.is_homogeneous()
+assert (hvd.local_rank(), hvd.local_size()) == (r, n) and hvd.mpi_built() and not hvd.gloo_built()
+
+def gradient(call, x, grad=None):
+    x = x.clone().requires_grad_()
+    y = call(x)
+    y.backward(torch.ones_like(y) if grad is None else grad)
+    return x.grad
+
+x = torch.full((4,), r + 1.0)
+assert (hvd.allreduce(x) == 2).all() and (x == r + 1).all()
+assert (hvd.allreduce(x, average=False, name="sum") == 6).all()
+assert (hvd.allreduce(x, op=hvd.Product) == 6).all()
+assert (hvd.allreduce(x, op=hvd.Max, compression=hvd.Compression.fp16) == 3).all()
+assert (hvd.allreduce(x, op=hvd.Sum, prescale_factor=0.5, postscale_factor=4.0) == 12).all()
+assert (hvd.allreduce(torch.full((2,), 2 * r - 3)) == -1).all()
+assert (gradient(lambda x: hvd.allreduce(x, op=hvd.Sum), x) == 3).all()
+assert (gradient(hvd.allreduce, x) == 1).all()
+handle = hvd.allreduce_async_(y := x.clone(), op=hvd.Sum)
+assert hvd.synchronize(handle) is y and (y == 6).all() and hvd.poll(handle)
+xs = hvd.grouped_allreduce([x, x.int()], op=hvd.Min)
+assert xs[0].tolist() == xs[1].tolist() == [1] * 4
+hvd.grouped_allreduce_([y, z := x.clone()], op=hvd.Sum)
+assert (y == 18).all() and (z == 6).all()
+
+rows = torch.full((r + 1, 2), float(r))
+assert hvd.allgather(rows)[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
+grad = gradient(hvd.allgather, rows, torch.arange(6.0)[:, None].expand(6, 2))
+assert grad[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0][r * (r + 1) // 2 :][: r + 1]
+assert (hvd.broadcast(x, 1) == 2).all() and (hvd.broadcast_(x.clone(), root_rank=2) == 3).all()
+assert (gradient(lambda x: hvd.broadcast(x, 1), x) == (r == 1)).all()
+assert hvd.reducescatter(torch.arange(5.0)).tolist() == [[0, 1], [2, 3], [4]][r]
+assert (gradient(lambda x: hvd.reducescatter(x, op=hvd.Sum), torch.ones(6)) == 3).all()
+assert hvd.alltoall(torch.arange(3.0) + 10 * r).tolist() == [r, 10 + r, 20 + r]
+y, received = hvd.alltoall(torch.full((6,), r), splits=torch.tensor([1, 2, 3]))
+assert received.tolist() == [r + 1] * 3
+assert y.tolist() == [i for i in range(3) for _ in range(r + 1)]
+assert (gradient(hvd.alltoall, torch.ones(3)) == 1).all()
+
+assert pair.included() == (r != 1) and pair.size() == 2
+if pair.included():
+    assert (hvd.allreduce(x, op=hvd.Sum, process_set=pair) == 4).all()
+    assert hvd.broadcast_object(r, 2, process_set=pair) == 2
+assert hvd.remove_process_set(pair) and not hvd.remove_process_set(pair)
+assert hvd.allgather_object({"rank": r}) == [{"rank": i} for i in range(n)]
+assert hvd.broadcast_object({"rank": r}, root_rank=1) == {"rank": 1}
+assert hvd.join() in range(n)
+
+def wrapped(model, **options):
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    return hvd.DistributedOptimizer(base, model.named_parameters(), **options)
+
+for options in (
+    {"gradient_predivide_factor": 2.0},
+    {"compression": hvd.Compression.fp16, "backward_passes_per_step": 2},
+):
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.zeros_(model.weight)
+    model.unused = torch.nn.Parameter(torch.zeros(1))
+    optimizer = wrapped(model, **options)
+    assert isinstance(optimizer, torch.optim.SGD)
+    passes = options.get("backward_passes_per_step", 1)
+    for _ in range(passes):
+        model(torch.full((1, 2), float(r))).sum().backward()
+    optimizer.step()
+    assert (model.weight == -passes).all() and (model.unused.grad == 0).all()
+model = torch.nn.Embedding(4, 2, sparse=True)
+optimizer = wrapped(model, sparse_as_dense=True)
+model(torch.tensor([r])).sum().backward()
+optimizer.synchronize()
+dense = model.weight.grad.to_dense()[:, 0]
+assert model.weight.grad.is_sparse and torch.allclose(dense, torch.tensor([1, 1, 1, 0]) / 3)
+for wrong in (
+    lambda: hvd.allreduce(x, op=hvd.Adasum),
+    lambda: hvd.allreduce(x, average=True, op=hvd.Sum),
+    lambda: wrapped(model, op=hvd.Sum, gradient_predivide_factor=2.0),
+    lambda: hvd.DistributedOptimizer(optimizer, [("a", x)]),
+):
+    try:
+        wrong()
+    except ValueError:
+        continue
+    raise AssertionError("no ValueError")
+hvd.barrier()
+hvd.shutdown()
+assert not hvd.is_initialized()
+print("well", flush=True)
+"""
+
+
+def test_calls(mpirun):
+    done = mpirun(3, CALLS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("well") == 3
+
+
+@pytest.mark.core
+def test_a_script_trains_as_one_process(mpirun, tmp_path):
+    result = tmp_path / "model"
+    done = mpirun(2, SCRIPT, env={"RESULT": str(result)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    torch.manual_seed(0)
+    x, y = torch.randn(48, 8, dtype=torch.float64), torch.randn(48, 4).double()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for begin in [*range(0, 48, 8)] * 2:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[begin : begin + 8]), y[begin : begin + 8]).backward()
+        optimizer.step()
+    found = torch.load(result)
+    for name, expected in model.state_dict().items():
+        assert (found[name] - expected).abs().max() <= 1e-12, name
