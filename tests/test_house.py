@@ -67,7 +67,7 @@ TORCH_MODULES = {
 WORDS = {
     r"(?<![\w.~])/(home|root|work|opt|mnt|tmp|Users)/": "a path of one machine",
     r"\b(TO[D]O|FIX[M]E|X[X]X)\b": "something left undone",
-    r"\b(pypi\.org|pythonhosted\.org|download\.pytorch\.org)": "the host of a registry",
+    r"https?://[^\s\"')]*/(simple|whl)\b": "the address of a registry",
 }
 
 
