@@ -1,4 +1,4 @@
-"""Choosing an algorithm: for the world by init, for a part of it by split."""
+"""Choosing an algorithm, for the world and for a part of it; and staying in step after a mistake."""
 
 import numpy as np
 import pytest
@@ -29,5 +29,18 @@ def test_ranks_must_agree_on_the_algorithm():
         with pytest.raises(MismatchError, match="rank 0: tree, rank 1: ring"):
             comm.split(0, algorithm="ring" if comm.rank else "tree")
         assert comm.split(0).size == comm.size
+
+    run_threads(2, check, timeout_s=60)
+
+
+def test_a_mismatch_nobody_waited_for_leaves_the_ranks_in_step():
+    def check(comm):
+        for turn in range(50):
+            comm.allreduce(np.ones(2 + comm.rank), async_op=True)  # differs, and is dropped
+            x = np.full(3, 1.0 + comm.rank)
+            with pytest.raises(MismatchError, match="rank 0 calls"):
+                comm.allreduce_(x)  # takes part, then tells of the earlier one
+            assert (x == 3).all(), turn
+            assert (comm.allreduce(x) == 6).all()
 
     run_threads(2, check, timeout_s=60)

@@ -49,13 +49,14 @@ void Communicator::check_usable() {
   }
   if (closed_)
     throw Error(ErrorCode::closed, "communicator '" + core_->options.name + "' is closed");
-  if (const std::exception_ptr error = engine_->take_unseen_error()) std::rethrow_exception(error);
 }
 
 void Communicator::run(const Call& call, Work& work, const Interrupted& interrupted) {
   check_usable();
   run_in_order([&](const Interrupted& asked) { run_collective(*core_, call, work, asked); },
                interrupted);
+  // Now, not before: a rank that left this call out would be out of step with the others.
+  if (const std::exception_ptr error = engine_->take_unseen_error()) std::rethrow_exception(error);
 }
 
 std::shared_ptr<Work> Communicator::start(Call call) {

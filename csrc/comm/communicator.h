@@ -52,10 +52,10 @@ class Communicator {
   Communicator(int rank, int size, const Exchange& exchange, const Options& options);
   ~Communicator() { close(); }
 
-  /// Runs the collective, on this thread if nothing else is under way. Both forms also throw the
-  /// error of an earlier one that nobody waited for.
+  /// Runs the collective, on this thread if nothing else is under way. When it has ended well,
+  /// throws the error of an earlier one that nobody waited for.
   void run(const Call& call, Work& work, const Interrupted& interrupted);
-  /// Starts it, and returns at once.
+  /// Starts it, and returns at once. Its error comes from wait(), or else from the next run().
   std::shared_ptr<Work> start(Call call);
 
   /// Collective. Symmetric memory of at least `size_bytes`.
