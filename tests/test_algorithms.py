@@ -1,4 +1,4 @@
-"""Choosing an algorithm, for the world and for a part of it; and staying in step after a mistake."""
+"""Choosing an algorithm, for the world and for a part of it; staying in step after a mistake."""
 
 import numpy as np
 import pytest
