@@ -1,7 +1,5 @@
 #include "shm/staged.h"
 
-#include <algorithm>
-
 namespace ringreduce {
 
 Staged::Staged(Window& window, Phases phases, const Blocks& blocks)
