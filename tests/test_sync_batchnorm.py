@@ -43,7 +43,7 @@ def test_equals_one_process(kind, shape, options):
     layer = build(lambda: kind(3, **options))
     if layer.affine:
         layer.weight.data, layer.bias.data = normal(3, seed=1), normal(3, seed=2)
-    x, target = 1000 + normal(sum(ROWS), *shape), normal(sum(ROWS), *shape, seed=3)
+    x, target = 300 + normal(sum(ROWS), *shape), normal(sum(ROWS), *shape, seed=3)
     results = []
     models = [copy.deepcopy(layer) for _ in ROWS]
 
@@ -53,11 +53,12 @@ def test_equals_one_process(kind, shape, options):
 
     results = run_threads(len(ROWS), run)
     found, grads, buffers = train(layer, x.clone(), target)
-    # Of 1000 in float64 13 digits are left of each difference, and fewer of their squares' sums.
+    # Of 300 in float64 13 digits are left of each difference: from what longer floats give, both
+    # this (up to 5e-14) and BatchNorm (6e-14) are as far as from each other.
     for name, whole in found.items():
-        assert_close({"": torch.cat([r[0][name] for r in results])}, {"": whole}, 1e-10)
+        assert_close({"": torch.cat([r[0][name] for r in results])}, {"": whole})
     for name, whole in grads.items():
-        assert_close({"": sum(r[1][name] for r in results)}, {"": whole}, 1e-10)
+        assert_close({"": sum(r[1][name] for r in results)}, {"": whole})
     for result in results:
         assert_close(result[2], buffers)
         assert_equal(result[2], results[0][2])
@@ -102,9 +103,8 @@ def test_a_model_equals_one_process(channels_last):
     for state, _ in results:
         assert_equal(state, results[0][0])
         for name, value in model.state_dict().items():
-            torch.testing.assert_close(state[name], value, rtol=1e-11, atol=1e-13)
-    whole = model(x).detach()
-    torch.testing.assert_close(torch.cat([y for _, y in results]), whole, rtol=1e-11, atol=1e-13)
+            assert_close({name: state[name]}, {name: value})
+    assert_close({"": torch.cat([y for _, y in results])}, {"": model(x).detach()})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
