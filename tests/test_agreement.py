@@ -1,5 +1,7 @@
 """What the ranks must agree on when a model is wrapped, where they start, and what buffers do."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -81,13 +83,11 @@ def test_buffers_follow_rank_0_after_backward(training, sync_buffers, no_sync):
 
     def run(wrapped, rank):
         wrapped.train(training)
-        if no_sync:
-            with wrapped.no_sync():
-                y = wrapped(normal(5, 3, seed=rank))
-        else:
-            y = wrapped(normal(5, 3, seed=rank))
-        before = values(wrapped)
-        y.sum().backward()
+        for step in range(2):  # `last` is another tensor each time
+            with wrapped.no_sync() if no_sync else contextlib.nullcontext():
+                y = wrapped(normal(5, 3, seed=rank + 2 * step))
+            before = values(wrapped)
+            y.sum().backward()
         return before, values(wrapped)
 
     (first_before, first), (second_before, second) = run_copies(

@@ -157,12 +157,15 @@ def test_several_backwards_in_a_step(initial, set_to_none):
         assert_close(grads, times(0.5 if initial else 1, alone(model, 1, losses)))
 
 
-def test_what_is_left_of_an_accumulation():
+@pytest.mark.parametrize("initial", [True, False])
+@pytest.mark.parametrize("weight", [None, 3])
+def test_what_is_left_of_an_accumulation(weight, initial):
     """Rank 0 has one part of two when its data ends: that is reduced with the others' step."""
     model = build(lambda: mlp(3, 2))
 
     def run(wrapped, rank):
-        with wrapped.join():
+        wrapped.set_weight(weight)
+        with wrapped.join(initial):
             with wrapped.no_sync():
                 rank_loss(wrapped, rank, 0).backward()
             if rank:

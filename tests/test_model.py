@@ -434,6 +434,18 @@ def test_hooks_are_removed(how):
         gc.enable()
 
 
+def test_closed_between_forward_and_backward():
+    model = build(lambda: mlp(3, 2))
+
+    def run(wrapped, rank):
+        loss = plain_loss(wrapped, rank)
+        wrapped.close()
+        loss.backward()
+        assert_equal(gradients(wrapped), alone(model, rank, plain_loss))
+
+    run_copies(2, model, run)
+
+
 def test_world_of_one():
     model = build(Mixed).convert()
 
