@@ -73,7 +73,13 @@ class Buffers:
         # does, which does not use their values there.
         buffers = {id(x): x.data for x in found if x is not None}
         if buffers:
-            self._comm.grouped_broadcast_(list(buffers.values()), root)
+            try:
+                self._comm.grouped_broadcast_(list(buffers.values()), root)
+            except MismatchError as error:
+                raise MismatchError(
+                    "buffers that forward assigned have other shapes on other ranks: name them in "
+                    f"`ignore`, or set sync_buffers=False. {error}"
+                ) from None
 
 
 def named_tensors(module: nn.Module, ignore: Collection[str] = ()) -> dict[str, Tensor]:

@@ -99,6 +99,31 @@ def test_buffers_follow_rank_0_after_backward(training, sync_buffers, no_sync):
     assert_same(second, first if same else second_before)
 
 
+def test_assigned_buffers_of_other_shapes():
+    """On all ranks the same advice, and training goes on with it."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("last", torch.zeros(1, 2))
+
+        def forward(self, x):
+            self.last = self.layer(x)
+            return self.last
+
+    def run(wrapped, rank):
+        with pytest.raises(MismatchError, match=r"buffers.*`ignore`.*\(5, 2\)"):
+            wrapped(normal(4 + rank, 3)).sum().backward()
+
+    def run_ignoring(wrapped, rank):
+        wrapped(normal(4 + rank, 3)).sum().backward()
+        assert len(wrapped.last) == 4 + rank
+
+    run_copies(2, build(Last), run)
+    run_copies(2, build(Last), run_ignoring, ignore=["last"])
+
+
 def test_forward_twice_with_batch_norm():
     """Buffers are overwritten while the graph of another forward waits."""
 
