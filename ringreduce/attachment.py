@@ -24,7 +24,7 @@ from ringreduce.buckets import Bucket, plan_buckets, trainable
 from ringreduce.codecs import Codec, codec_of
 from ringreduce.collectives import communicator_of
 from ringreduce.communicator import Communicator
-from ringreduce.gradients import GradientReducer, Totals
+from ringreduce.gradients import GradientReducer, Totals, reducers_of
 from ringreduce.join import RollCall
 
 BYTES_PER_MB = 2**20
@@ -153,6 +153,8 @@ class Attachment:
     def connect(self) -> None:
         """Collective over comm: makes one model of all ranks'."""
         ignore = self.options.ignore
+        for reducer in reducers_of(self.module):  # ranks that still wait there cannot come here
+            reducer.recover()
         check_names(self.module, ignore)
         parent = communicator_of(self.comm)
         if parent.size == 1:
@@ -347,12 +349,12 @@ def _nothing(root: int) -> None:
 
 def _tensors_in(structure: Any) -> Iterator[Tensor]:
     """The tensors in lists, tuples, dicts and dataclasses, nested in any way."""
-    if isinstance(structure, Tensor):
-        yield structure
-        return
-    for leaf in tree_flatten(structure)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in dataclasses.fields(leaf):
-                yield from _tensors_in(getattr(leaf, field.name))
+    seen: set[int] = set()  # dataclasses: their fields may lead back to them, or not be set
+    left = [structure]
+    while left:
+        for leaf in tree_flatten(left.pop())[0]:
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif dataclasses.is_dataclass(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                left += [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]

@@ -336,6 +336,7 @@ class GradientReducer:
             if not missing:
                 self._launch_ready()
 
+        pack.reducer = self  # type: ignore[attr-defined]  # for reducers_of
         return pack
 
     def _guard(self, slot: _Slot) -> Callable[[Tensor], None]:
@@ -458,6 +459,16 @@ class GradientReducer:
                 slot.publish()
                 self._reduced.add(slot.index)
         self._local.clear()
+
+
+def reducers_of(module: nn.Module) -> set[GradientReducer]:
+    """Those that are not closed and have a parameter of the module: of earlier wrappers."""
+    return {
+        hook.reducer
+        for parameter in module.parameters()
+        for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
+        if hasattr(hook, "reducer")
+    }
 
 
 def _plain(grad: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from wrapped import (
 )
 
 from ringreduce.errors import RingReduceError
+from ringreduce.model import DistributedModel
+from ringreduce.testing import run_threads
 
 
 class Branches(nn.Module):
@@ -437,6 +439,25 @@ def test_exception_in_backward_on_one_rank(fail_at):
 
     for grads in run_copies(3, model, run, **TINY):
         assert_close(grads, mean(3, model, plain_loss))
+
+
+@pytest.mark.parametrize("failing", [{0, 1, 2}, {1}])
+def test_a_new_wrapper_after_an_exception(failing):
+    """Made while the old one is still there, and other ranks may still wait in it."""
+    models = [build(Fragile) for _ in range(3)]
+
+    def run(comm):
+        module, rank = models[comm.rank], comm.rank
+        wrapped = DistributedModel(module, comm=comm, **TINY)
+        with pytest.raises(KeyError if rank in failing else RingReduceError):
+            wrapped(normal(4, 3), "middle" if rank in failing else "").sum().backward()
+        wrapped = DistributedModel(module, comm=comm, **TINY)
+        wrapped.zero_grad()
+        plain_loss(wrapped, rank).backward()
+        return gradients(wrapped)
+
+    for grads in run_threads(3, run):
+        assert_close(grads, mean(3, build(Fragile), plain_loss))
 
 
 def test_collectives_of_the_user_do_not_interleave():
