@@ -42,8 +42,10 @@ class DistributedModel(nn.Module):
     comm: the ranks; default: all. The model talks on a communicator of its own, split off it.
 
     Construction is collective, and so is each backward() whose forward ran outside of `no_sync()`:
-    all ranks must call it. The loss must depend on what forward returned. `.grad` is then a view of
-    a bucket, which the next reduced backward overwrites: clone it to keep it.
+    all ranks must call it, and where one loss has several models, run their forwards in the same
+    order. The loss must depend on what forward returned. `.grad` is then a view of a bucket, which
+    the next reduced backward overwrites: clone it to keep it. Until backward returns it is this
+    rank's: a hook on a parameter sees, and an optimizer in it would step with, that one.
 
     Attributes and methods that are not its own are the module's, for reading and writing, and so
     are the names in `state_dict()` and `named_parameters()`. A copy (deepcopy, pickle) is connected

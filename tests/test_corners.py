@@ -1,5 +1,7 @@
 """Uses of a DistributedModel that are legal for a module, and seldom thought of."""
 
+import copy
+import dataclasses
 import threading
 
 import pytest
@@ -19,6 +21,9 @@ from wrapped import (
     run_copies,
     times,
 )
+
+import ringreduce as rr
+from ringreduce.testing import run_threads
 
 
 def plain_loss(model, rank):
@@ -194,6 +199,132 @@ def test_outputs_that_are_inputs_or_need_no_gradient():
     model = build(Passing)
     for grads in run_copies(2, model, two_steps(loss)):
         assert_close(grads, mean(2, model, loss))
+
+
+@pytest.mark.parametrize("cyclic", [True, False])
+def test_dataclasses_that_are_not_trees(cyclic):
+    """One has a field that leads back to it, the other one that is not set."""
+
+    @dataclasses.dataclass(eq=False)
+    class Output:
+        rest: object = dataclasses.field(init=False)
+        y: torch.Tensor
+
+    class Packing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            output = Output(self.layer(x))
+            if cyclic:
+                output.rest = [output]
+            return output
+
+    def loss(m, rank):
+        return m(normal(4, 3, seed=rank)).y.square().sum()
+
+    model = build(Packing)
+    for grads in run_copies(2, model, two_steps(loss)):
+        assert_close(grads, mean(2, model, loss))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_of_the_whole(use_reentrant):
+    """Forward runs again within backward."""
+    model = build(lambda: mlp(3, 4, 2))
+
+    def loss(m, rank):
+        x = normal(4, 3, seed=rank).requires_grad_()
+        return checkpoint(m, x, use_reentrant=use_reentrant).square().sum()
+
+    for grads in run_copies(2, model, two_steps(loss), **TINY):
+        assert_close(grads, mean(2, model, loss))
+
+
+def test_backward_for_some_parameters():
+    """Named as backward's inputs: the others have none, on any rank."""
+    model = build(lambda: mlp(3, 4, 2))
+
+    def loss(m, rank):
+        return m(normal(4, 3, seed=rank)).square().sum()
+
+    def run(wrapped, rank):
+        for _ in range(2):
+            wrapped.zero_grad()
+            loss(wrapped, rank).backward(inputs=list(wrapped.module[2].parameters()))
+        return gradients(wrapped)
+
+    expected = mean(2, model, loss) | {"0.weight": None, "0.bias": None}
+    for grads in run_copies(2, model, run, **TINY):
+        assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("value", [None, 7.0])
+def test_hooks_after_accumulation(value):
+    """Of the user: they see this rank's gradient. What they put in its place is not the result."""
+    model = build(lambda: mlp(3, 2))
+    expected = mean(2, model, plain_loss)
+
+    def run(wrapped, rank):
+        seen = []
+
+        def replace(parameter):
+            seen.append(parameter.grad.clone())
+            parameter.grad = None if value is None else torch.full_like(parameter, value)
+
+        weight = wrapped.module[0].weight
+        weight.register_post_accumulate_grad_hook(replace)
+        plain_loss(wrapped, rank).backward()
+        assert_equal({"": seen[0]}, {"": alone(model, rank, plain_loss)["0.weight"]})
+        return gradients(wrapped)
+
+    for grads in run_copies(2, model, run):
+        assert_close(grads, expected)
+
+
+def test_two_models_in_one_loss():
+    """A generator and what judges it, trained in turn."""
+    generator, judge = build(lambda: mlp(3, 4, 3)), build(lambda: mlp(3, 4, 1), seed=1)
+    copies = [copy.deepcopy((generator, judge)) for _ in range(2)]
+
+    def run(comm):
+        g, j = (rr.DistributedModel(model, comm=comm) for model in copies[comm.rank])
+        for _ in range(2):
+            x = normal(4, 3, seed=comm.rank)
+            g.zero_grad()
+            j(g(x).detach()).square().sum().backward()
+            assert all(p.grad is None for p in g.parameters())
+            j.zero_grad()
+            j(g(x)).square().sum().backward()
+            found = gradients(nn.Sequential(g.module, j.module))
+            j.zero_grad()
+        return found
+
+    both = nn.Sequential(generator, judge)
+    for grads in run_threads(2, run):
+        assert_close(grads, mean(2, both, plain_loss))
+
+
+def test_functional_transforms():
+    """Gradients for each row, through the wrapped model: they are local."""
+    model = build(lambda: mlp(3, 4, 2))
+
+    def run(wrapped, rank):
+        values = {name: x.detach() for name, x in wrapped.named_parameters()}
+        rows = normal(4, 3, seed=rank)
+
+        def loss(values, row):
+            return torch.func.functional_call(wrapped, values, (row[None],)).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, rows)
+        total = {name: x.sum(0) for name, x in each.items()}
+        assert_close(total, alone(model, rank, plain_loss))
+        plain_loss(wrapped, rank).backward()
+        return gradients(wrapped)
+
+    for grads in run_copies(2, model, run):
+        assert_close(grads, mean(2, model, plain_loss))
 
 
 def test_a_loss_without_this_model():
