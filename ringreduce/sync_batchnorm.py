@@ -87,6 +87,10 @@ class SyncBatchNorm(_BatchNorm):
                 0.0,
                 self.eps,
             )
+        return self._train(input)
+
+    @torch.compiler.disable  # collectives need the tensors themselves
+    def _train(self, input: Tensor) -> Tensor:
         mean, variance, count = _statistics(input.detach(), self._group.comm())
         if count == 1:
             raise ValueError("the batches of all ranks have one value for each channel: that is 0")

@@ -142,13 +142,19 @@ def test_join_with_weights():
 
 
 @pytest.mark.world
-def test_sync_batch_norm():
-    """The union's statistics; a loss that is scaled, as layers mix the rows of all ranks."""
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_sync_batch_norm(backend):
+    """The union's statistics; a loss that is scaled, as layers mix the rows of all ranks.
+
+    Also compiled: around the layer.
+    """
 
     def factory():
         return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
 
     wrapped, alone = models(factory, rr.convert_sync_batchnorm)
+    if backend is not None:
+        wrapped.module.compile(backend=backend)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (wrapped, alone)]
     for step in range(STEPS):
         for model, optimizer, (x, y), share in zip(
