@@ -34,6 +34,7 @@ from ringreduce.errors import (
     ResourceError,
     RingReduceError,
 )
+from ringreduce.timeline import timeline
 from ringreduce.work import Work
 from ringreduce.world import (
     init,
@@ -89,6 +90,7 @@ __all__ = [
     "reduce_scatter",
     "shutdown",
     "size",
+    "timeline",
     "world",
 ]
 

@@ -24,7 +24,8 @@ from ringreduce.buckets import Bucket, plan_buckets, trainable
 from ringreduce.codecs import Codec, codec_of
 from ringreduce.collectives import communicator_of
 from ringreduce.communicator import Communicator
-from ringreduce.gradients import GradientReducer, Totals, reducers_of
+from ringreduce.costs import Totals
+from ringreduce.gradients import GradientReducer, reducers_of
 from ringreduce.join import RollCall
 
 BYTES_PER_MB = 2**20
@@ -139,7 +140,8 @@ class Attachment:
         """As DistributedModel.stats."""
         reducer = self._reducer
         buckets, unused = (0, []) if reducer is None else (len(reducer.plan), reducer.unused)
-        return {**dataclasses.asdict(self._totals), "buckets": buckets, "unused": unused}
+        totals = dataclasses.asdict(self._totals) | {"overlap": self._totals.overlap}
+        return totals | {"buckets": buckets, "unused": unused}
 
     def close(self) -> None:
         """As DistributedModel.close."""

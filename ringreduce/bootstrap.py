@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ringreduce import _core
 from ringreduce.errors import CollectiveTimeout
+from ringreduce.recording import Recorder
 from ringreduce.settings import read
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Bootstrap(ABC):
         self.settings = read({})
         # The core of the world and of every communicator split from it: they end together.
         self.opened: list[_core.Communicator] = []
+        self.recorder = Recorder()
 
     @abstractmethod
     def exchange(self, message: bytes) -> list[bytes]:
@@ -74,6 +76,7 @@ class Bootstrap(ABC):
             warn_after_s=self.settings.warn_after_s,
             algorithm=algorithm or self.settings.algorithm,
             name=name,
+            trace=self.recorder.core,
         )
 
 

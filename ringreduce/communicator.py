@@ -7,6 +7,7 @@ library. What each collective does is written in collectives.py.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import struct
 import zlib
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ringreduce import _core, tensors
+from ringreduce import _core, profiling, tensors
 from ringreduce.errors import MismatchError, ResourceError
 from ringreduce.tensors import Array, describe
 from ringreduce.work import Work
@@ -29,6 +30,7 @@ REDUCE_SCATTER = _core.KINDS["reduce_scatter"]
 ALLGATHER = _core.KINDS["allgather"]
 BROADCAST = _core.KINDS["broadcast"]
 REDUCE = _core.KINDS["reduce"]
+KIND_NAMES = {kind: name for name, kind in _core.KINDS.items()}
 
 # Complex numbers have no order, and truth values have no average.
 UNDEFINED = {("avg", "bool"), *itertools.product(("min", "max"), ("complex64", "complex128"))}
@@ -78,7 +80,8 @@ class Communicator:
 
     def allreduce_(self, x: Any, op: str = "sum", *, async_op: bool = False) -> Any:
         # The hot path: every Python call counts beside a collective of a microsecond or two.
-        plain_op = None if async_op or type(op) is not str else OPS.get(op)
+        general = async_op or type(op) is not str or profiling.switch._is_profiler_enabled
+        plain_op = None if general else OPS.get(op)
         if plain_op is not None and self.core.allreduce_plain(x, plain_op):
             return x
         array = describe(x, True)
@@ -86,7 +89,7 @@ class Communicator:
         op_index = _check_op(op, dtype)
         array.framework.mark_written(x)
         tensor = (address, address, shape, strides, strides)
-        work = self.core.submit(ALLREDUCE, op_index, dtype, 0, [tensor], x, async_op)
+        work = self._submit(ALLREDUCE, op_index, dtype, 0, [tensor], x, async_op)
         return Work((work,), x) if async_op else x
 
     def grouped_allreduce(
@@ -117,7 +120,7 @@ class Communicator:
     def allgather(self, x: Any, *, async_op: bool = False) -> Any:
         source = describe(x)
         tensor = (source.address, 0, source.shape, source.strides, None)
-        work = self.core.submit(ALLGATHER, 0, source.dtype, 0, [tensor], source.owner, async_op)
+        work = self._submit(ALLGATHER, 0, source.dtype, 0, [tensor], source.owner, async_op)
 
         def result() -> Any:
             return tensors.gathered(source, work.output(), sum(work.counts))
@@ -151,7 +154,7 @@ class Communicator:
         return self._run(REDUCE, op_index, root, source, target, async_op)
 
     def barrier(self, *, async_op: bool = False) -> Any:
-        work = self.core.submit(BARRIER, 0, 0, 0, [], None, async_op)
+        work = self._submit(BARRIER, 0, 0, 0, [], None, async_op)
         return Work((work,)) if async_op else None
 
     def empty(self, shape: int | Sequence[int], dtype: Any, device: Any = None) -> Any:
@@ -183,7 +186,7 @@ class Communicator:
         root = self.check_root(root)
         array = tensors.from_bytes(message)
         tensor = (array.address, 0, array.shape, None, None)
-        work = self.core.submit(ALLGATHER, 0, array.dtype, root, [tensor], array.owner, False)
+        work = self._submit(ALLGATHER, 0, array.dtype, root, [tensor], array.owner, False)
         return work.output(), work.counts
 
     def exchange(self, message: bytes) -> list[bytes]:
@@ -255,6 +258,23 @@ class Communicator:
 
     # ---- The way into the core.
 
+    def _submit(
+        self,
+        kind: int,
+        op_index: int,
+        dtype: int,
+        root: int,
+        operands: list[tuple],
+        keepalive: object,
+        async_op: bool,
+    ) -> _core.Work:
+        submit = self.core.submit
+        if not profiling.switch._is_profiler_enabled:
+            return submit(kind, op_index, dtype, root, operands, keepalive, async_op)
+        size_bytes = sum(math.prod(operand[2]) for operand in operands) * _core.ITEM_BYTES[dtype]
+        with profiling.span(f"ringreduce::{KIND_NAMES[kind]}", bytes=size_bytes):
+            return submit(kind, op_index, dtype, root, operands, keepalive, async_op)
+
     def _run(
         self,
         kind: int,
@@ -268,7 +288,7 @@ class Communicator:
         result = None if target is None else target.owner
         operands = [_operand(source, target)]
         keepalive = (source.owner, result)
-        work = self.core.submit(kind, op_index, source.dtype, root, operands, keepalive, async_op)
+        work = self._submit(kind, op_index, source.dtype, root, operands, keepalive, async_op)
         return Work((work,), result) if async_op else result
 
     def _run_group(
@@ -297,7 +317,7 @@ class Communicator:
                 tensors.mark_written(array)
         results = [target.owner for target in targets]
         works = [
-            self.core.submit(kind, op_index, dtype, root, operands, (sources, results), async_op)
+            self._submit(kind, op_index, dtype, root, operands, (sources, results), async_op)
             for dtype, operands in messages.items()
         ]
         return Work(works, results, give_up=self.core.abort) if async_op else results

@@ -12,26 +12,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ringreduce import profiling
 from ringreduce.ballot import WEIGHT, Ballot, read_weights, write_weight
 from ringreduce.buckets import Bucket, Place
 from ringreduce.codecs import Codec, Pending
 from ringreduce.communicator import Communicator
+from ringreduce.costs import Totals, record_backward
 from ringreduce.errors import RingReduceError
 from ringreduce.join import RollCall
-
-
-@dataclass
-class Totals:
-    """What reductions have cost this rank."""
-
-    backwards: int = 0  # reduced ones
-    bytes: int = 0  # of gradients, as they travel
-    wait_s: float = 0.0  # that backward had to wait for communication at its end
 
 
 class _Slot:
@@ -59,7 +51,7 @@ class _Slot:
 class _Run:
     """A bucket at work."""
 
-    __slots__ = ("index", "wire", "flat", "slots", "missing", "work")
+    __slots__ = ("index", "wire", "flat", "slots", "missing", "ready_ns", "work")
 
     def __init__(self, index: int, wire: Tensor, flat: Tensor, slots: list[_Slot]) -> None:
         self.index = index
@@ -67,6 +59,7 @@ class _Run:
         self.flat = flat  # the same tensor, unless a codec has another dtype on the wire
         self.slots = slots
         self.missing: set[int] = set()  # slots that are not packed yet; the same object for life
+        self.ready_ns = 0  # when its last gradient was there
         self.work: Pending | None = None  # of this backward, once it is launched
 
 
@@ -125,6 +118,7 @@ class GradientReducer:
         self._callback: weakref.ref[functools.partial[None]] | None = None  # of the armed backward
         self._weight: float | None = None  # in the armed backward
         self._factor: float | None = None  # of gradients on their way into a bucket
+        self._begin_ns = 0  # of the armed backward
         self._next = 0  # bucket to launch
         self._dirty: set[int] = set()  # buckets that got gradients after they were launched
         self._late = False  # whether a first gradient arms
@@ -132,8 +126,9 @@ class GradientReducer:
         self._local_task = -1  # the backward that is not to be reduced
         self._lock = threading.Lock()
         self._closed = False
+        packed = profiling.spanned("ringreduce::pack")
         self._handles = [
-            slot.parameter.register_post_accumulate_grad_hook(self._packer(slot, run))
+            slot.parameter.register_post_accumulate_grad_hook(packed(self._packer(slot, run)))
             for run in self._runs
             for slot in run.slots
         ]
@@ -286,6 +281,7 @@ class GradientReducer:
 
     def _prepare(self, weighted: bool, counts: bool) -> None:
         """Sets out for a reduction. counts: whether this rank has anything to be weighted."""
+        self._begin_ns = time.monotonic_ns()
         for run in self._runs:
             run.missing.update(slot.index for slot in run.slots)
             run.work = None
@@ -334,6 +330,7 @@ class GradientReducer:
                 view.copy_(grad)
             missing.discard(index)
             if not missing:
+                run.ready_ns = time.monotonic_ns()
                 self._launch_ready()
 
         pack.reducer = self  # type: ignore[attr-defined]  # for reducers_of
@@ -368,26 +365,33 @@ class GradientReducer:
                 run.work = self._reduce(run)
                 self._next += 1
 
+    @profiling.spanned("ringreduce::launch")
     def _reduce(self, run: _Run) -> Pending:
         op = self._op if self._weight is None else "sum"
         work, size_bytes = self._codec.reduce(self.comm, run.wire, op, run.index)
         self._totals.bytes += size_bytes
+        self._totals.gradient_bytes += run.flat.nbytes
         return work
 
     # ---- At the end of backward, on the thread that called it.
 
+    @profiling.spanned("ringreduce::finish")
     def _finish(self) -> None:
         try:
             with torch.no_grad():
+                computed_ns = time.monotonic_ns()
                 unused = self._fill_missing()
                 self._launch_ready()
                 start_s = time.perf_counter()
                 self._vote(unused)
+                self._totals.count(self._runs, computed_ns)
                 self._reduce_dirty(unused)
                 self._before_publishing(self.roll_call.here[0] if self.roll_call else 0)
                 self._totals.wait_s += time.perf_counter() - start_s
                 self._totals.backwards += 1
                 self._publish()
+                recorder = self.comm.bootstrap.recorder
+                record_backward(recorder, self._begin_ns, computed_ns, self._runs)
         finally:
             self._armed = False
             self._late = self._late and not self._late_once
@@ -404,7 +408,9 @@ class GradientReducer:
         for i in missing:
             self._pack(self._slots[i], i not in unused)
         for run in self._runs:
-            run.missing.clear()
+            if run.missing:
+                run.missing.clear()
+                run.ready_ns = time.monotonic_ns()
         return unused
 
     def _pack(self, slot: _Slot, used: bool) -> None:

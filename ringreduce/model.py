@@ -142,10 +142,16 @@ class DistributedModel(nn.Module):
     def stats(self) -> dict[str, Any]:
         """What communication has cost this rank since the model was wrapped.
 
-        backwards: reduced ones. bytes: of gradients that were reduced, as they travel: compressed.
-        wait_s: seconds that backward() had to wait for communication at its end. buckets: how many.
-        unused: names of the parameters that no rank had a gradient for in the last reduced
-        backward. A world of one reduces nothing.
+        backwards: reduced ones. gradient_bytes: of gradients that were reduced, as they are in
+        `.grad`; bytes: as they travel, compressed. Both with the padding of buckets.
+        wait_s: seconds that backward() had to wait for communication at its end.
+        communication_s: seconds from the moment when a bucket's turn had come, waiting for other
+        ranks included, to its end, summed over buckets. hidden_s: how many of these had passed when
+        backward had computed its last gradient. overlap: hidden_s / communication_s, 0 to 1: which
+        part of communication backward has hidden; None before the first one. Buckets of a codec
+        whose `reduce` returns no Work do not count in these three.
+        buckets: how many. unused: names of the parameters that no rank had a gradient for in the
+        last reduced backward. A world of one reduces nothing.
         """
         return self._attachment.stats()
 

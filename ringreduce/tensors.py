@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ringreduce import _core
+from ringreduce import _core, profiling
 
 DTYPE_NAMES = tuple(sorted(_core.DTYPES, key=_core.DTYPES.__getitem__))
 
@@ -228,6 +228,7 @@ class _Numpy:
 
 class _Torch:
     def __init__(self, torch: Any) -> None:
+        profiling.learn_torch()
         self._torch = torch
         self._strided = torch.strided
         # The public function checks again what is known here, at twice a small call's cost.

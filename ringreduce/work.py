@@ -54,6 +54,10 @@ class Work:
             self._finish = None
         return self._result
 
+    def times_ns(self) -> tuple[int, int]:
+        """When it began and ended on this rank, of time.monotonic_ns(): once it has ended."""
+        return self._parts[0].times_ns()[0], self._parts[-1].times_ns()[1]
+
     def done(self) -> bool:
         """Whether wait would return, or raise, at once."""
         return all(part.done() for part in self._parts)

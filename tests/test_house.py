@@ -43,10 +43,11 @@ CXX_HOMES = {
 # A module imports only modules that stand before it.
 PYTHON_ORDER = (
     *("_core", "errors", "settings"),
+    *("profiling", "recording"),
     *("tensors", "work", "bootstrap", "launch"),
     *("communicator", "ending", "world"),
-    *("collectives", "broadcasting"),
-    *("buckets", "ballot", "codecs", "join", "gradients"),
+    *("collectives", "broadcasting", "clocks", "timeline"),
+    *("buckets", "ballot", "codecs", "costs", "join", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
     *("horovod_types", "horovod_ops", "horovod_optimizer", "horovod"),
@@ -57,8 +58,8 @@ PYTHON_ORDER = (
 UPWARD = {("communicator", "broadcasting")}
 # Who may know torch: its arrays, its store, its models, and the programs.
 TORCH_MODULES = {
-    *("tensors", "bootstrap", "launch"),
-    *("broadcasting", "buckets", "ballot", "codecs", "join", "gradients"),
+    *("profiling", "tensors", "bootstrap", "launch"),
+    *("broadcasting", "buckets", "ballot", "codecs", "costs", "join", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("bench_peers", "bench", "info"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),

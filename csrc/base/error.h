@@ -20,6 +20,13 @@ enum class ErrorCode : int {
   invalid,      // wrong use that the Python layer did not catch
 };
 
+/// As in the enumeration; "" for none.
+inline const char* name_of(ErrorCode code) {
+  constexpr const char* names[] = {"",       "mismatch", "timeout", "peer failed", "interrupted",
+                                   "closed", "resource", "invalid"};
+  return names[static_cast<int>(code)];
+}
+
 class Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}

@@ -7,6 +7,7 @@ namespace ringreduce {
 
 void register_errors(nanobind::module_& m);
 void register_words(nanobind::module_& m);
+void register_trace(nanobind::module_& m);
 void register_communicator(nanobind::module_& m);
 void register_simulation(nanobind::module_& m);
 

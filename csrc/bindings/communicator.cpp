@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -149,8 +150,9 @@ Algorithm algorithm_named(const std::string& name) {
 
 void construct(PyCommunicator* self, int rank, int size, nb::callable exchange, bool in_process,
                double timeout_s, double warn_after_s, const std::string& algorithm,
-               const std::string& name) {
-  Options options{in_process, timeout_s, warn_after_s, algorithm_named(algorithm), name};
+               const std::string& name, std::shared_ptr<Trace> trace) {
+  Options options{in_process, timeout_s,       warn_after_s, algorithm_named(algorithm),
+                  name,       std::move(trace)};
   const Exchange native_exchange = [&exchange, size](const std::string& message) {
     nb::gil_scoped_acquire gil;
     nb::list answers = nb::cast<nb::list>(exchange(nb::bytes(message.data(), message.size())));
@@ -223,13 +225,15 @@ void register_communicator(nb::module_& m) {
       .def("wait", &wait_for, nb::arg("timeout_s") = nb::none())
       .def("done", [](PyWork& self) { return self.work->done(); })
       .def("output", &output)
+      .def("times_ns",
+           [](PyWork& self) { return std::pair(self.work->begin_ns, self.work->end_ns); })
       .def_prop_ro("counts", [](PyWork& self) { return self.work->counts; });
 
   const auto core = [](PyCommunicator& self) -> Core& { return self.communicator->core(); };
   nb::class_<PyCommunicator>(m, "Communicator", nb::is_weak_referenceable())
       .def("__init__", &construct, nb::arg("rank"), nb::arg("size"), nb::arg("exchange"),
            nb::kw_only(), nb::arg("in_process"), nb::arg("timeout_s"), nb::arg("warn_after_s"),
-           nb::arg("algorithm"), nb::arg("name"))
+           nb::arg("algorithm"), nb::arg("name"), nb::arg("trace"))
       .def_prop_ro("rank", [core](PyCommunicator& self) { return core(self).rank; })
       .def_prop_ro("size", [core](PyCommunicator& self) { return core(self).size; })
       .def_prop_ro("local_rank",

@@ -10,6 +10,7 @@ NB_MODULE(_core, m) {
   m.doc() = "The native core of ringreduce. Use the package's functions instead.";
   ringreduce::register_errors(m);
   ringreduce::register_words(m);
+  ringreduce::register_trace(m);  // before what takes one
   ringreduce::register_communicator(m);
   ringreduce::register_simulation(m);
 }

@@ -27,17 +27,21 @@ nb::dict build_info() {
 
 void register_words(nb::module_& m) {
   nb::dict kinds, ops, dtypes;
+  nb::list item_bytes;
   for (int kind = 0; kind <= static_cast<int>(Kind::reduce); ++kind) {
     kinds[name_of(static_cast<Kind>(kind))] = kind;
   }
   for (int op = 0; op < num_ops; ++op) ops[name_of(static_cast<Op>(op))] = op;
-  for (int dtype = 0; dtype < num_dtypes; ++dtype)
+  for (int dtype = 0; dtype < num_dtypes; ++dtype) {
     dtypes[name_of(static_cast<Dtype>(dtype))] = dtype;
+    item_bytes.append(size_of(static_cast<Dtype>(dtype)));
+  }
   nb::list algorithms;
   for (const char* name : algorithm_names) algorithms.append(name);
   m.attr("KINDS") = kinds;
   m.attr("OPS") = ops;
   m.attr("DTYPES") = dtypes;
+  m.attr("ITEM_BYTES") = nb::tuple(item_bytes);  // by the number of the dtype
   m.attr("ALGORITHMS") = nb::tuple(algorithms);
   m.def("build_info", &build_info,
         "How this extension was built, and what it found on this machine.");

@@ -267,26 +267,63 @@ class Collective {
   bool wire_stopped_ = false;
 };
 
+/// Of this rank's inputs.
+size_t bytes_of(const Call& call) {
+  size_t bytes = 0;
+  for (const Tensor& tensor : call.tensors) bytes += tensor.count() * size_of(call.dtype);
+  return bytes;
+}
+
+/// The operation's number is still the last one that began: the next one begins after this.
+TraceRecord record_of(const Core& core, const Call& call, const Work& work, int64_t met_ns,
+                      ErrorCode error) {
+  TraceRecord record;
+  record.communicator = core.name;
+  record.sequence = core.sequence.load(std::memory_order_relaxed);
+  record.kind = call.kind;
+  record.op = call.op;
+  record.dtype = call.dtype;
+  record.bytes = call.kind == Kind::allocate ? call.bytes : bytes_of(call);
+  record.algorithm = core.tuner.choose(call.kind, record.bytes).algorithm;
+  record.on_progress_thread = Engine::on_progress_thread();
+  record.begin_ns = work.begin_ns;
+  record.met_ns = met_ns;
+  record.end_ns = work.end_ns;
+  record.error = error;
+  return record;
+}
+
 }  // namespace
 
 void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
-  const int64_t begin_ns = now_ns();
+  Trace& trace = *core.options.trace;
+  const bool traced = trace.on();
+  int64_t met_ns = 0;
+  if (traced) core.window.note_meeting(&met_ns);
+  const auto finish = [&](ErrorCode error) {
+    work.end_ns = now_ns();
+    if (!traced) return;
+    core.window.note_meeting(nullptr);
+    trace.add(record_of(core, call, work, met_ns, error));
+  };
+  work.begin_ns = now_ns();
   try {
     Collective(core, call, work, interrupted).run();
-  } catch (const Error&) {
+  } catch (const Error& error) {
+    finish(error.code());
     throw;  // all ranks have it, or an abort told them
   } catch (const std::exception& error) {
+    finish(ErrorCode::resource);
     // No memory, say: this rank is out of step, and the others would wait for it.
     core.group.abort(ErrorCode::peer_failed, core.rank,
                      "rank " + std::to_string(core.rank) + " failed: " + error.what());
     throw;
   }
+  finish(ErrorCode::none);
   core.stats.calls.fetch_add(1, std::memory_order_relaxed);
-  core.stats.busy_ns.fetch_add(static_cast<uint64_t>(now_ns() - begin_ns),
+  core.stats.busy_ns.fetch_add(static_cast<uint64_t>(work.end_ns - work.begin_ns),
                                std::memory_order_relaxed);
-  for (const Tensor& tensor : call.tensors) {
-    core.stats.bytes.fetch_add(tensor.count() * size_of(call.dtype), std::memory_order_relaxed);
-  }
+  core.stats.bytes.fetch_add(bytes_of(call), std::memory_order_relaxed);
 }
 
 std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interrupted& interrupted) {

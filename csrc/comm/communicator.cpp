@@ -24,7 +24,8 @@ Core::Core(int rank, int size, const Exchange& exchange, const Options& options)
       group(node, options.in_process, set_up_deadline(options)),
       window(group, node.create_segment(Window::staging_bytes(), set_up_deadline(options))),
       tuner(size == 1 ? Algorithm::two_shot : options.algorithm, group.claims()),
-      arena(std::make_shared<Arena>()) {
+      arena(std::make_shared<Arena>()),
+      name(std::make_shared<const std::string>(options.name)) {
   if (node.num_nodes() > 1) {
     throw Error(ErrorCode::resource,
                 "the ranks are on " + std::to_string(node.num_nodes()) +

@@ -9,6 +9,7 @@
 #include "comm/arena.h"
 #include "comm/call.h"
 #include "comm/engine.h"
+#include "comm/trace.h"
 #include "comm/tuner.h"
 #include "shm/group.h"
 #include "shm/window.h"
@@ -21,7 +22,8 @@ struct Options {
   double timeout_s = 1800;   // of any one collective
   double warn_after_s = 30;  // a line on stderr that says who is missing
   Algorithm algorithm = Algorithm::automatic;
-  std::string name = "world";  // for messages
+  std::string name = "world";                                // for messages
+  std::shared_ptr<Trace> trace = std::make_shared<Trace>();  // of all communicators of this rank
 };
 
 struct Stats {
@@ -44,6 +46,7 @@ struct Core {
   std::atomic<uint64_t> sequence{0};  // of the last collective that began
   std::atomic<bool> closing{false};
   Stats stats;
+  const std::shared_ptr<const std::string> name;  // options.name, shared with trace records
 };
 
 class Communicator {

@@ -7,6 +7,13 @@
 #include "base/error.h"
 
 namespace ringreduce {
+namespace {
+
+thread_local bool is_progress_thread = false;
+
+}  // namespace
+
+bool Engine::on_progress_thread() { return is_progress_thread; }
 
 std::exception_ptr Engine::execute(const Task& task, Work& work) {
   try {
@@ -51,6 +58,7 @@ std::shared_ptr<Work> Engine::enqueue(Task task, bool asynchronous) {
 }
 
 void Engine::progress() {
+  is_progress_thread = true;
   std::unique_lock lock(mutex_);
   for (;;) {
     changed_.wait(lock, [this] { return stopped_ || (!busy_ && !queue_.empty()); });

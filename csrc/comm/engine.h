@@ -36,6 +36,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
     bool granted_ = false;
   };
 
+  /// Whether the caller is a progress thread, of any engine.
+  static bool on_progress_thread();
+
   /// The error of an earlier operation that nobody waited for; each is returned once.
   std::exception_ptr take_unseen_error();
 

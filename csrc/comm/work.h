@@ -38,6 +38,9 @@ class Work {
   std::shared_ptr<char[]> output;
   size_t output_bytes = 0;
 
+  // When the collective began and ended on this rank (now_ns()).
+  int64_t begin_ns = 0, end_ns = 0;
+
  private:
   Flag finished_;
   std::exception_ptr error_;

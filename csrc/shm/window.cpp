@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/deadline.h"
+
 namespace ringreduce {
 namespace {
 
@@ -64,7 +66,12 @@ bool Window::arrive(const std::function<void()>& alone) {
   own.digest.store(digest_, std::memory_order_relaxed);
   own.flag.publish(header_->sequence);
   const bool met = group_.claims() ? arrive_by_meeting(alone) : arrive_by_flags();
+  if (met) stamp_meeting();
   return met && !mismatch_;
+}
+
+void Window::stamp_meeting() {
+  if (met_ns_ != nullptr && *met_ns_ == 0) *met_ns_ = now_ns();
 }
 
 bool Window::arrive_by_flags() {
@@ -83,6 +90,7 @@ bool Window::arrive_by_meeting(const std::function<void()>& alone) {
   Meeting& arrival = shared.arrival;
   const auto ranks = static_cast<uint32_t>(group_.size());
   if (arrival.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == ranks) {
+    stamp_meeting();
     arrival.reset();
     staged_round(next_round_).reset();
     const bool agreed = all_agree();

@@ -37,6 +37,8 @@ class Window {
   /// `alone`, if given, is run by the last to arrive before any other rank may go on; where no rank
   /// is the last, since each has a core and watches all others, by none.
   bool arrive(const std::function<void()>& alone = {});
+  /// From now on, when the ranks of a collective had met is written there; null: nowhere.
+  void note_meeting(int64_t* met_ns) { met_ns_ = met_ns; }
   bool mismatch() const { return mismatch_; }
   bool stopped() const { return stopped_; }
   /// After arrive: what a rank said. Valid until this rank arrives at the next collective.
@@ -59,6 +61,7 @@ class Window {
  private:
   friend class Staged;
   bool wait_for(Flag& flag, uint64_t value);
+  void stamp_meeting();
   bool arrive_by_flags();
   bool arrive_by_meeting(const std::function<void()>& alone);
   bool all_agree() const;
@@ -78,6 +81,7 @@ class Window {
   const Header* header_ = nullptr;
   const Message* message_ = nullptr;
   Watch* watch_ = nullptr;
+  int64_t* met_ns_ = nullptr;
   uint64_t digest_ = 0;
   bool stopped_ = false, mismatch_ = false;
 
