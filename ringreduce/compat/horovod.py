@@ -1,18 +1,20 @@
 """The names of horovod.torch that training scripts use: `import ringreduce.compat.horovod as hvd`.
 
 It exists for scripts that are to run under mpirun as they are; new ones read better with
-`ringreduce` itself. Calls meet by their order, which must be the same on all ranks, not by their
-name. There is no Adasum, no elastic mode, no timeline.
+`ringreduce` itself. There is no Adasum, no elastic mode, no timeline: they raise
+NotImplementedError.
 """
 
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from ringreduce import broadcasting
+from ringreduce.compat.horovod_batchnorm import SyncBatchNorm
 from ringreduce.compat.horovod_ops import (
     allgather,
     allgather_async,
@@ -38,6 +40,7 @@ from ringreduce.compat.horovod_ops import (
     poll,
     reducescatter,
     reducescatter_async,
+    sparse_allreduce_async,
     synchronize,
 )
 from ringreduce.compat.horovod_optimizer import DistributedOptimizer
@@ -67,6 +70,7 @@ __all__ = [
     "ProcessSet",
     "Product",
     "Sum",
+    "SyncBatchNorm",
     "add_process_set",
     "allgather",
     "allgather_async",
@@ -90,6 +94,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "elastic",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
@@ -119,6 +124,9 @@ __all__ = [
     "rocm_built",
     "shutdown",
     "size",
+    "sparse_allreduce_async",
+    "start_timeline",
+    "stop_timeline",
     "synchronize",
 ]
 
@@ -169,8 +177,11 @@ def add_process_set(process_set: ProcessSet | Iterable[int]) -> ProcessSet:
     """Collective over all ranks, members or not."""
     if not isinstance(process_set, ProcessSet):
         process_set = ProcessSet(process_set)
+    number = len(_process_sets) + 1
+    if any(x.process_set_id and x.ranks == process_set.ranks for x in _process_sets):
+        raise ValueError(f"there is a process set of these ranks: {process_set}")
+    process_set.open(number)
     _process_sets.append(process_set)
-    process_set.open(len(_process_sets))
     return process_set
 
 
@@ -183,13 +194,12 @@ def remove_process_set(process_set: ProcessSet) -> bool:
 
 
 def join(device: int = -1) -> int:
-    """Waits until all ranks have called it. Returns the rank that was the last to come.
+    """For a rank without more data: waits until all have called it, and returns the last of them.
 
-    Collectives that another rank calls meanwhile are a MismatchError on all ranks: for ranks with
-    unequal numbers of batches use `join()` of `ringreduce.DistributedModel`.
+    Meanwhile it takes part in the allreduces of the others, those of their optimizers too, with
+    zeros; averages are still over all ranks. Other collectives are then a MismatchError for them.
     """
-    arrivals = [pickle.loads(x) for x in world().exchange(pickle.dumps(time.time()))]
-    return arrivals.index(max(arrivals))
+    return global_process_set.meeting.join()
 
 
 def broadcast_parameters(params: Any, root_rank: int) -> None:
@@ -198,7 +208,12 @@ def broadcast_parameters(params: Any, root_rank: int) -> None:
 
 
 def broadcast_optimizer_state(optimizer: Any, root_rank: int, model: Any = None) -> None:
+    """Gives root_rank's state to all. As there, where it has none, gradients begin as zeros."""
     broadcasting.broadcast_optimizer_state(optimizer, root_rank)
+    if not optimizer.state:
+        for x in (x for group in optimizer.param_groups for x in group["params"]):
+            if x.requires_grad and x.grad is None:
+                x.grad = torch.zeros_like(x)
 
 
 def broadcast_object(
@@ -229,3 +244,20 @@ def gloo_built() -> bool:
 
 
 gloo_enabled = nccl_built = ddl_built = ccl_built = cuda_built = rocm_built = gloo_built
+
+
+class _Absent:
+    """A part of horovod.torch that is not here: says so when it is used."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(f"ringreduce has no {self._what}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"ringreduce has no {self._what}")
+
+
+elastic = _Absent("elastic mode: a job whose rank dies ends, start it again from its checkpoint")
+start_timeline = stop_timeline = _Absent("timeline in Horovod's format")

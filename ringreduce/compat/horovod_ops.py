@@ -1,7 +1,7 @@
 """The collectives of horovod.torch: averages by default, handles, gradients through every one.
 
-Calls meet by their order, not by `name`, which is ignored. As there, the gradients of all but sums
-are averages over the ranks, whatever the loss of each rank is meant to be.
+How calls meet is in horovod_meeting.py. As there, the gradients of all but sums are averages over
+the ranks, whatever the loss of each rank is meant to be.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_op(op: str | None, average: bool | None = None) -> str:
             raise ValueError("give op or average, not both")
         op = Average if average else Sum
     if op == Adasum:
-        raise ValueError("ringreduce has no Adasum: use Average")
+        raise NotImplementedError("ringreduce has no Adasum: use Average")
     return Average if op is None else op
 
 
@@ -71,6 +71,18 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor * factor
     return (tensor.double() * factor).to(tensor.dtype)
+
+
+def _compressed(
+    compression: Any,
+    tensors: Sequence[Tensor],
+    reduce: Callable[[list[Tensor]], Sequence[Tensor]],
+) -> list[Tensor]:
+    packed = [compression.compress(x) for x in tensors]
+    reduced = reduce([x for x, _ in packed])
+    return [
+        compression.decompress(x, context) for x, (_, context) in zip(reduced, packed, strict=True)
+    ]
 
 
 # ---- allreduce
@@ -87,7 +99,7 @@ def grouped_allreduce_async(
 ) -> Handle:
     op = check_op(op, average)
     inputs = [scaled(x.detach(), prescale_factor) for x in tensors]
-    work = process_set.comm.grouped_allreduce(inputs, op, async_op=True)
+    work = process_set.named(name).grouped_allreduce(inputs, op, async_op=True)
     return Handle([work], lambda results: [scaled(x, postscale_factor) for x in results[0]])
 
 
@@ -105,7 +117,7 @@ def grouped_allreduce_async_(
         for x in tensors:
             if prescale_factor != 1.0:
                 x.copy_(scaled(x, prescale_factor))
-    work = process_set.comm.grouped_allreduce_(list(tensors), op, async_op=True)
+    work = process_set.named(name).grouped_allreduce_(list(tensors), op, async_op=True)
 
     def finish(results: list[Any]) -> list[Tensor]:
         for x in results[0]:
@@ -135,13 +147,15 @@ def grouped_allreduce_(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> 
 
 class _Allreduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, name: str | None, options: tuple[Any, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.options = options
-        return tuple(grouped_allreduce_async(tensors, None, None, *options).wait())
+        return tuple(grouped_allreduce_async(tensors, None, name, *options).wait())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grouped_allreduce_async(grads, None, None, *ctx.options).wait()
+        return None, None, *grouped_allreduce_async(grads, None, None, *ctx.options).wait()
 
 
 def grouped_allreduce(
@@ -155,18 +169,32 @@ def grouped_allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """The averages, by default, as new tensors."""
-    compressed = [compression.compress(x) for x in tensors]
     options = (check_op(op, average), prescale_factor, postscale_factor, process_set)
-    reduced = _Allreduce.apply(options, *(x for x, _ in compressed))
-    return [
-        compression.decompress(x, context)
-        for x, (_, context) in zip(reduced, compressed, strict=True)
-    ]
+    return _compressed(compression, tensors, lambda xs: _Allreduce.apply(name, options, *xs))
 
 
 def allreduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The average, by default, as a new tensor. Arguments as of grouped_allreduce."""
     return grouped_allreduce([tensor], *args, **kwargs)[0]
+
+
+def sparse_allreduce_async(
+    tensor: Tensor, name: str, op: str, process_set: ProcessSet = global_process_set
+) -> Callable[[], Tensor]:
+    """Sum or average of sparse tensors. Returns what is to be called for the result."""
+    if op not in (Average, Sum):
+        raise ValueError(f"sparse tensors can be summed and averaged: {op} needs dense ones")
+    comm = process_set.named(name)
+    own = tensor.detach().coalesce()
+    works = [comm.allgather(x.contiguous(), async_op=True) for x in (own.indices().t(), own.values())]
+
+    def result() -> Tensor:
+        indices, values = (work.wait() for work in works)
+        if op == Average:
+            values = values / process_set.size()
+        return torch.sparse_coo_tensor(indices.t(), values, own.shape).coalesce()
+
+    return result
 
 
 # ---- allgather
@@ -177,7 +205,8 @@ def grouped_allgather_async(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
-    works = [process_set.comm.allgather(x.detach(), async_op=True) for x in tensors]
+    comm = process_set.named(name)
+    works = [comm.allgather(x.detach(), async_op=True) for x in tensors]
     return Handle(works, lambda results: results)
 
 
@@ -187,21 +216,23 @@ def allgather_async(tensor: Tensor, *args: Any, **kwargs: Any) -> Handle:
 
 class _Allgather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, process_set: ProcessSet, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, name: str | None, process_set: ProcessSet, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.process_set = process_set
         ctx.shapes = [x.shape for x in tensors]
-        return tuple(grouped_allgather_async(tensors, None, process_set).wait())
+        return tuple(grouped_allgather_async(tensors, name, process_set).wait())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        comm = ctx.process_set.comm
+        comm = ctx.process_set.named(None)
         rows = [shape[0] if shape else 1 for shape in ctx.shapes]
         table = comm.allgather(torch.tensor([rows])).view(comm.size, -1)
         found = []
         for i, grad in enumerate(comm.grouped_allreduce(grads, Average)):
             begin = int(table[: comm.rank, i].sum())
             found.append(grad[begin : begin + rows[i]].reshape(ctx.shapes[i]))
-        return None, *found
+        return None, None, *found
 
 
 def grouped_allgather(
@@ -209,14 +240,14 @@ def grouped_allgather(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
-    return list(_Allgather.apply(process_set, *tensors))
+    return list(_Allgather.apply(name, process_set, *tensors))
 
 
 def allgather(
     tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Tensor:
     """All ranks' tensors joined along dimension 0, in which they may differ."""
-    return _Allgather.apply(process_set, tensor)[0]
+    return _Allgather.apply(name, process_set, tensor)[0]
 
 
 # ---- broadcast. root_rank is a rank of the world.
@@ -229,7 +260,7 @@ def broadcast_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     root = process_set.rank_of(root_rank)
-    work = process_set.comm.broadcast(tensor.detach(), root, async_op=True)
+    work = process_set.named(name).broadcast(tensor.detach(), root, async_op=True)
     return Handle([work], lambda results: results[0])
 
 
@@ -240,7 +271,7 @@ def broadcast_async_(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     root = process_set.rank_of(root_rank)
-    work = process_set.comm.broadcast_(tensor, root, async_op=True)
+    work = process_set.named(name).broadcast_(tensor, root, async_op=True)
     return Handle([work], lambda results: results[0])
 
 
@@ -250,15 +281,17 @@ def broadcast_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, root_rank: int, process_set: ProcessSet) -> Tensor:
+    def forward(
+        ctx: Any, tensor: Tensor, root_rank: int, name: str | None, process_set: ProcessSet
+    ) -> Tensor:
         ctx.root, ctx.process_set = process_set.rank_of(root_rank), process_set
-        return broadcast_async(tensor, root_rank, None, process_set).wait()
+        return broadcast_async(tensor, root_rank, name, process_set).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        comm = ctx.process_set.comm
+        comm = ctx.process_set.named(None)
         mean = comm.allreduce(grads[0], Average)
-        return mean if comm.rank == ctx.root else torch.zeros_like(mean), None, None
+        return mean if comm.rank == ctx.root else torch.zeros_like(mean), None, None, None
 
 
 def broadcast(
@@ -267,7 +300,7 @@ def broadcast(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Tensor:
-    return _Broadcast.apply(tensor, root_rank, process_set)
+    return _Broadcast.apply(tensor, root_rank, name, process_set)
 
 
 # ---- reducescatter
@@ -281,7 +314,7 @@ def grouped_reducescatter_async(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> Handle:
-    op, comm = check_op(op), process_set.comm
+    op, comm = check_op(op), process_set.named(name)
     works = [
         comm.reduce_scatter(scaled(x.detach(), prescale_factor), op, async_op=True) for x in tensors
     ]
@@ -294,9 +327,11 @@ def reducescatter_async(tensor: Tensor, *args: Any, **kwargs: Any) -> Handle:
 
 class _Reducescatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, name: str | None, options: tuple[Any, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.options = options
-        return tuple(grouped_reducescatter_async(tensors, None, *options).wait())
+        return tuple(grouped_reducescatter_async(tensors, name, *options).wait())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -305,7 +340,7 @@ class _Reducescatter(torch.autograd.Function):
         if op == Sum:
             factor *= process_set.size()
         scaled_grads = [scaled(grad, factor) for grad in grads]
-        return None, *grouped_allgather_async(scaled_grads, None, process_set).wait()
+        return None, None, *grouped_allgather_async(scaled_grads, None, process_set).wait()
 
 
 def grouped_reducescatter(
@@ -317,13 +352,8 @@ def grouped_reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> list[Tensor]:
-    compressed = [compression.compress(x) for x in tensors]
     options = (check_op(op), process_set, prescale_factor, postscale_factor)
-    reduced = _Reducescatter.apply(options, *(x for x, _ in compressed))
-    return [
-        compression.decompress(x, context)
-        for x, (_, context) in zip(reduced, compressed, strict=True)
-    ]
+    return _compressed(compression, tensors, lambda xs: _Reducescatter.apply(name, options, *xs))
 
 
 def reducescatter(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -340,7 +370,7 @@ def alltoall_async(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
-    comm = process_set.comm
+    comm = process_set.named(name)
     rows = _splits(tensor, splits, comm.size)
     works = [comm.allgather(x, async_op=True) for x in (torch.tensor([rows]), tensor.detach())]
 
@@ -359,8 +389,10 @@ def alltoall_async(
 
 class _Alltoall(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, rows: list[int], process_set: ProcessSet) -> Any:
-        output, received = alltoall_async(tensor, rows, None, process_set).wait()
+    def forward(
+        ctx: Any, tensor: Tensor, rows: list[int], name: str | None, process_set: ProcessSet
+    ) -> Any:
+        output, received = alltoall_async(tensor, rows, name, process_set).wait()
         ctx.process_set, ctx.received = process_set, received.tolist()
         ctx.mark_non_differentiable(received)
         return output, received
@@ -368,7 +400,7 @@ class _Alltoall(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, _ = alltoall_async(grads[0], ctx.received, None, ctx.process_set).wait()
-        return grad, None, None
+        return grad, None, None, None
 
 
 def alltoall(
@@ -382,13 +414,13 @@ def alltoall(
     splits: rows for each rank, in equal parts where not given. With splits returns the rows that
     came from each rank, too.
     """
-    rows = _splits(tensor, splits, process_set.comm.size)
-    output, received = _Alltoall.apply(tensor, rows, process_set)
+    rows = _splits(tensor, splits, process_set.size())
+    output, received = _Alltoall.apply(tensor, rows, name, process_set)
     return output if splits is None else (output, received)
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    process_set.comm.barrier()
+    process_set.named(None).barrier()
 
 
 def _only(handle: Handle) -> Handle:

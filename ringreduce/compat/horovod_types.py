@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ringreduce.communicator import Communicator
+from ringreduce.compat.horovod_meeting import Meeting
 from ringreduce.world import world
 
 Average, Sum, Min, Max, Product, Adasum = "avg", "sum", "min", "max", "prod", "adasum"
@@ -20,6 +21,8 @@ class ProcessSet:
         self.ranks: list[int] | None = sorted(ranks)
         self.process_set_id: int | None = None
         self._comm: Communicator | None = None
+        self._meeting: Meeting | None = None
+        self._num_optimizers = 0
 
     @property
     def comm(self) -> Communicator:
@@ -29,6 +32,22 @@ class ProcessSet:
                 "add_process_set was not called"
             )
         return self._comm
+
+    @property
+    def meeting(self) -> Meeting:
+        comm = self.comm
+        if self._meeting is None or self._meeting.comm is not comm:
+            self._meeting = Meeting(comm)
+        return self._meeting
+
+    def named(self, name: str | None) -> Communicator:
+        """For one call: it meets the call of that name, or the next one without, of its kind."""
+        return self.meeting.named(name)
+
+    def count_optimizer(self) -> int:
+        """The number of another optimizer: its gradients meet by it."""
+        self._num_optimizers += 1
+        return self._num_optimizers
 
     def open(self, number: int) -> None:
         """Collective over all ranks of the job."""
@@ -42,7 +61,7 @@ class ProcessSet:
     def close(self) -> None:
         if self._comm is not None:
             self._comm.close()
-        self._comm = self.process_set_id = None
+        self._comm = self._meeting = self.process_set_id = None
 
     def included(self) -> bool:
         return self._comm is not None
