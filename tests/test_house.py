@@ -50,7 +50,8 @@ PYTHON_ORDER = (
     *("buckets", "ballot", "codecs", "costs", "join", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
-    *("horovod_types", "horovod_ops", "horovod_optimizer", "horovod"),
+    *("horovod_meeting", "horovod_types", "horovod_ops"),
+    *("horovod_optimizer", "horovod_batchnorm", "horovod"),
     *("__init__", "testing"),
     *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench", "info"),
 )
@@ -63,7 +64,8 @@ TORCH_MODULES = {
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("bench_peers", "bench", "info"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
-    *("horovod_types", "horovod_ops", "horovod_optimizer", "horovod"),
+    *("horovod_meeting", "horovod_types", "horovod_ops"),
+    *("horovod_optimizer", "horovod_batchnorm", "horovod"),
 }
 WORDS = {
     r"(?<![\w.~])/(home|root|work|opt|mnt|tmp|Users)/": "a path of one machine",

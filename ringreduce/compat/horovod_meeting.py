@@ -198,9 +198,9 @@ class Meeting:
         """Collective: what every rank has to say. Raises MismatchError where one does not."""
         message = tensors.from_bytes(pickle.dumps(mine))
         operands = [(message.address, 0, message.shape, None, None)]
-        work = Message(
-            ALLGATHER, 0, message.dtype, NEGOTIATION, operands, message.owner
-        ).start(self._core, False)
+        work = Message(ALLGATHER, 0, message.dtype, NEGOTIATION, operands, message.owner).start(
+            self._core, False
+        )
         data = work.output().tobytes()
         ends = np.cumsum(work.counts)
         return [pickle.loads(data[end - n : end]) for end, n in zip(ends, work.counts, strict=True)]

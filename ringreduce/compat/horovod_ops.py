@@ -186,7 +186,9 @@ def sparse_allreduce_async(
         raise ValueError(f"sparse tensors can be summed and averaged: {op} needs dense ones")
     comm = process_set.named(name)
     own = tensor.detach().coalesce()
-    works = [comm.allgather(x.contiguous(), async_op=True) for x in (own.indices().t(), own.values())]
+    works = [
+        comm.allgather(x.contiguous(), async_op=True) for x in (own.indices().t(), own.values())
+    ]
 
     def result() -> Tensor:
         indices, values = (work.wait() for work in works)

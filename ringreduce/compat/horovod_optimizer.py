@@ -60,15 +60,18 @@ def DistributedOptimizer(  # noqa: N802 (called like a class)
     if groups is None:
         groups = num_groups or None
     _check_groups(groups)
+    names = _names(optimizer, named_parameters)
     kind = type(optimizer)
+    if issubclass(kind, _SynchronizingMixin):
+        raise ValueError("this is a DistributedOptimizer already")
     wrapped: Any = object.__new__(type(kind.__name__, (_SynchronizingMixin, kind), {}))
     wrapped.__dict__.update(optimizer.__dict__)
     wrapped.__dict__.pop("step", None)  # a scheduler's wrapper, around the other step
-    wrapped._parameter_names = _names(optimizer, named_parameters)
+    wrapped._parameter_names = names
     wrapped._passes = backward_passes_per_step
     wrapped._synchronized, wrapped._step_synchronizes = False, True
     wrapped._reduction = _Reduction(
-        wrapped._parameter_names, groups, compression, op, gradient_predivide_factor, process_set
+        names, groups, compression, op, gradient_predivide_factor, process_set
     )
     wrapped._reduction.hook(wrapped)
     return wrapped
@@ -197,7 +200,7 @@ class _Reduction:
         self._next += 1
 
     def finish(self, parameters: Iterable[Tensor]) -> None:
-        """Collective. parameters: all of the optimizer; those that are new get a group, at the end."""
+        """Collective. parameters: all of the optimizer. Those that are new get a group."""
         later = [x for x in parameters if x.requires_grad and x not in self._group_of]
         if later:
             self._groups.append(_Group(later))
@@ -217,6 +220,7 @@ class _Reduction:
         self._start()
 
     def _publish(self, parameter: Tensor, grad: Tensor) -> None:
+        assert parameter.grad is not None
         if parameter.grad.is_sparse:
             parameter.grad = grad.to_sparse()
         elif parameter.grad.data_ptr() != grad.data_ptr():
