@@ -7,6 +7,7 @@ A thread for each group completes them. What the collectives do is in c10d.py.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -24,6 +25,12 @@ class Waitable(Protocol):
     def done(self) -> bool: ...
 
 
+# torch's DistributedDataParallel.join gives C++ a work of one element, and forgets it: C++ would then
+# wait for a work that nothing completes.
+KEPT_WORKS = 64
+KEPT_BYTES = 4096
+
+
 class Callbacks:
     """The thread that completes the futures of a group and runs their callbacks.
 
@@ -35,6 +42,7 @@ class Callbacks:
     def __init__(self) -> None:
         self._thread = threading.local()
         self._executor = ThreadPoolExecutor(1, "ringreduce-c10d", initializer=self._mark)
+        self._kept: deque[GroupWork] = deque(maxlen=KEPT_WORKS)
 
     def here(self) -> bool:
         """Whether the caller runs within a callback."""
@@ -47,7 +55,13 @@ class Callbacks:
         else:
             self._executor.submit(task)
 
+    def keep(self, work: GroupWork, tensors: Sequence[Any]) -> None:
+        """A work of little memory outlives the program's interest in it, for a while."""
+        if sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)) <= KEPT_BYTES:
+            self._kept.append(work)
+
     def close(self) -> None:
+        self._kept.clear()
         self._executor.shutdown(wait=not self.here())
 
     def _mark(self) -> None:
@@ -76,6 +90,8 @@ class GroupWork(dist._Work):
         self._finishing = threading.Lock()
         self._future: _Future | None = None
         self._starting = threading.Lock()
+        self._waited = False
+        callbacks.keep(self, value)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Waits until the outputs are there. timeout: None or 0 is that of the group."""
@@ -85,6 +101,7 @@ class GroupWork(dist._Work):
             if self._finish is not None:
                 self._finish(results)
                 self._finish = None
+        self._waited = True
         return True
 
     def is_completed(self) -> bool:
@@ -109,11 +126,14 @@ class GroupWork(dist._Work):
         self.wait()
 
     def get_future(self) -> torch.futures.Future:
-        """Completed by the thread of the callbacks. Within a callback it is complete at once."""
+        """Completed by the thread of the callbacks. Within one, or after wait, complete at once."""
         with self._starting:
             if self._future is not None:
                 return self._future
             future = self._future = _Future(self._callbacks, self)
+        if self._waited:
+            self.complete()
+            return future
         self._callbacks.run(self.complete)
         if torch._C._current_graph_task_id() >= 0:
             # Within a backward, whose end waits for its futures in C++, which sees no error of a
