@@ -25,8 +25,8 @@ class Waitable(Protocol):
     def done(self) -> bool: ...
 
 
-# torch's DistributedDataParallel.join gives C++ a work of one element, and forgets it: C++ would then
-# wait for a work that nothing completes.
+# DistributedDataParallel.join gives C++ a work of one element, and forgets it. Were it gone then,
+# C++ would wait for a work that nothing completes.
 KEPT_WORKS = 64
 KEPT_BYTES = 4096
 
@@ -57,7 +57,8 @@ class Callbacks:
 
     def keep(self, work: GroupWork, tensors: Sequence[Any]) -> None:
         """A work of little memory outlives the program's interest in it, for a while."""
-        if sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)) <= KEPT_BYTES:
+        size_bytes = sum(x.numel() * x.itemsize for x in tensors if isinstance(x, torch.Tensor))
+        if size_bytes <= KEPT_BYTES:
             self._kept.append(work)
 
     def close(self) -> None:

@@ -244,6 +244,94 @@ assert (model.module[0].weight.grad - lone[0].weight.grad).abs().max() <= 1e-12
 with model.join():
     for x in data[: 2 + r]:
         model(x[:2]).sum().backward()
+model.zero_grad()
+with model.join(divide_by_initial_world_size=False):  # averages over those that have data
+    for _ in range(2 + r):
+        model.zero_grad()
+        model(data[0, :2]).sum().backward()
+lone.load_state_dict(model.module.state_dict())
+expected = torch.autograd.grad(lone(data[0, :2]).sum(), lone[0].bias)[0]
+assert (model.module[0].bias.grad - expected).abs().max() <= 1e-12
+
+compiled = torch.compile(DDP(copy.deepcopy(start)), backend="eager")
+train(compiled)
+check(compiled)
+print("well", flush=True)
+"""
+# What torch builds on process groups: nothing of it may go through another backend.
+ABOVE = """
+import copy, os, tempfile, torch, ringreduce.c10d, torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+import torch.distributed.checkpoint as checkpoint
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _coalescing_manager, _world
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+ringreduce.c10d.init_process_group()
+r, n = dist.get_rank(), dist.get_world_size()
+sequence = lambda: dist.group.WORLD._main.core.sequence
+mesh = init_device_mesh("cpu", (n,))
+whole = torch.arange(12.0).view(4, 3)
+before = sequence()
+sharded = distribute_tensor(whole, mesh, [Shard(0)])
+assert torch.equal(sharded.redistribute(mesh, [Replicate()]).to_local(), whole)
+assert torch.equal(sharded.redistribute(mesh, [Shard(1)]).full_tensor(), whole)
+assert sharded.sum().full_tensor() == whole.sum()
+assert sequence() > before
+
+path = [tempfile.mkdtemp() if r == 0 else None]
+dist.broadcast_object_list(path, 0)
+checkpoint.save({"w": sharded, "epoch": 3}, checkpoint_id=path[0])
+state = {"w": distribute_tensor(torch.zeros(4, 3), mesh, [Shard(1)]), "epoch": 0}
+checkpoint.load(state, checkpoint_id=path[0])
+assert torch.equal(state["w"].full_tensor(), whole) and state["epoch"] == 3
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 3)).double()
+alone = copy.deepcopy(net)
+[fully_shard(part, mesh=mesh) for part in (net[0], net[2], net)]
+optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (net, alone)]
+before = sequence()
+for x in torch.randn(3, 2 * n, 7, dtype=torch.float64):
+    for model, optimizer, rows in zip((net, alone), optimizers, (x[r::n], x), strict=True):
+        optimizer.zero_grad()
+        model(rows).square().mean().backward()
+        optimizer.step()
+for a, b in zip(net.parameters(), alone.parameters(), strict=True):
+    assert (a.full_tensor() - b).abs().max() <= 1e-12
+assert sequence() - before >= 3 * 3
+
+xs = [torch.full((3,), float(r)) for _ in range(3)]
+with _coalescing_manager(async_ops=True) as coalesced:
+    for x in xs:
+        dist.all_reduce(x)
+coalesced.wait()
+assert all((x == n * (n - 1) / 2).all() for x in xs)
+f = torch.compile(lambda x: functional.all_reduce(2 * x, "sum", dist.group.WORLD), backend="eager")
+assert (f(torch.ones(3)) == 2 * n).all()
+found = [None] * n if r == 0 else None
+dist.gather_object({"rank": r}, found, 0)
+assert r or found == [{"rank": i} for i in range(n)]
+mine = [None]
+dist.scatter_object_list(mine, list(range(n)) if r == 1 else None, 1)
+assert mine == [r]
+x, y = torch.full((4,), float(r)), torch.empty(4)
+swaps = [dist.P2POp(dist.isend, x, 1 - r), dist.P2POp(dist.irecv, y, 1 - r)]
+[work.wait() for work in dist.batch_isend_irecv(swaps)]
+assert (y == 1 - r).all()
+try:
+    dist.recv(y)
+except RuntimeError as error:
+    assert "give recv a src" in str(error)
+else:
+    raise AssertionError("recv without a source")
+assert {type(group).__name__ for group in _world.pg_map} == {"ProcessGroup"}
+assert all(type(group).__module__ == "ringreduce.c10d_group" for group in _world.pg_map)
+dist.destroy_process_group()
+dist.init_process_group("cpu:ringreduce,cuda:ringreduce")
+dist.all_reduce(x := torch.ones(2))
+assert (x == n).all()
 print("well", flush=True)
 """
 
@@ -276,6 +364,12 @@ def test_a_ddp_script_trains_as_one_process(mpirun, tmp_path):
 
 def test_ddp_with_all_that_comes_with_it(mpirun):
     done = mpirun(2, DDP_VARIANTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("well") == 2
+
+
+def test_what_torch_builds_on_it(mpirun):
+    done = mpirun(2, ABOVE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("well") == 2
 
