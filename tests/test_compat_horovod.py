@@ -178,6 +178,8 @@ lost = hvd.allreduce_async(x(1, 2 + r), name="lost")
 assert (hvd.allreduce(x(1), op=hvd.Sum) == 3).all()
 raises(MismatchError, hvd.synchronize, lost)
 raises(MismatchError, hvd.synchronize, lost)
+raises(MismatchError, hvd.broadcast_object, r, r)
+assert hvd.broadcast_object(r, 1) == 1 and not hvd.add_process_set([]).included()
 raises(NotImplementedError, lambda: hvd.elastic.run)
 
 # Uneven data: rank r has 2 + 2 r batches. Averages stay over all ranks.

@@ -204,12 +204,13 @@ def join(device: int = -1) -> int:
 
 def broadcast_parameters(params: Any, root_rank: int) -> None:
     """Gives root_rank's values to all. params: a state_dict, or (name, tensor) pairs."""
-    broadcasting.broadcast_parameters(params, root_rank)
+    broadcasting.broadcast_parameters(params, root_rank, comm=global_process_set.named(None))
 
 
 def broadcast_optimizer_state(optimizer: Any, root_rank: int, model: Any = None) -> None:
     """Gives root_rank's state to all. As there, where it has none, gradients begin as zeros."""
-    broadcasting.broadcast_optimizer_state(optimizer, root_rank)
+    comm = global_process_set.named(None)
+    broadcasting.broadcast_optimizer_state(optimizer, root_rank, comm=comm)
     if not optimizer.state:
         for x in (x for group in optimizer.param_groups for x in group["params"]):
             if x.requires_grad and x.grad is None:
@@ -222,14 +223,14 @@ def broadcast_object(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    return process_set.comm.broadcast_object(obj, process_set.rank_of(root_rank))
+    return process_set.named(name).broadcast_object(obj, process_set.rank_of(root_rank))
 
 
 def allgather_object(
     obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[Any]:
     """Every rank's obj, in rank order. Unpickles what the other ranks of the job have sent."""
-    return [pickle.loads(x) for x in process_set.comm.exchange(pickle.dumps(obj))]
+    return [pickle.loads(x) for x in process_set.named(name).exchange(pickle.dumps(obj))]
 
 
 def mpi_built() -> bool:

@@ -42,8 +42,8 @@ class Message(NamedTuple):
         return core.submit(*self, asynchronous)
 
     def stamped(self, name: str) -> Message:
-        """Meets only messages of the same name. All but a broadcast have no other use for root."""
-        stamp = zlib.crc32(name.encode()) % NEGOTIATION
+        """Meets only messages of the same name and root. Only broadcasts need the root itself."""
+        stamp = zlib.crc32(f"{name} {self.root}".encode()) % NEGOTIATION
         if self.kind != BROADCAST:
             return self._replace(root=stamp)
         return self._replace(operands=[*self.operands, (0, 0, (0, stamp), None, None)])
@@ -278,6 +278,10 @@ class _NamedCore:
             name += f" ({self._num_messages})"
         self._num_messages += 1
         return self._meeting.submit(name, Message(*fields), asynchronous)
+
+    @property
+    def sequence(self) -> int:
+        return self._meeting.comm.core.sequence
 
     def allreduce_plain(self, x: Any, op: int) -> bool:
         """Never: the short way carries no name."""

@@ -53,7 +53,7 @@ class ProcessSet:
         """Collective over all ranks of the job."""
         everyone = world()
         ranks = self.ranks or []
-        if not ranks or ranks[0] < 0 or ranks[-1] >= everyone.size or len(set(ranks)) < len(ranks):
+        if len(set(ranks) & set(range(everyone.size))) < len(ranks):
             raise ValueError(f"{ranks} are not ranks of a world of {everyone.size}")
         self._comm = everyone.split(number if everyone.rank in ranks else None)
         self.process_set_id = number
