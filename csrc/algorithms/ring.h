@@ -64,22 +64,45 @@ RR_HOST_DEVICE void ring_allgather(Wire& wire, const Ring& ring, const Blocks& b
   }
 }
 
-/// Both, joined where they meet: the rank that finishes a chunk of the sum sends it on in the same
-/// step.
+/// Receive number `index`, of 2 (p - 1), of an allreduce of one chunk of every block: p - 2 partial
+/// sums, the finished sum of the rank's own block, which it sends on in the same step, and p - 1
+/// results.
 template <class Wire>
-RR_HOST_DEVICE void ring_allreduce(Wire& wire, const Ring& ring, const Blocks& blocks,
-                                   size_t chunk) {
-  const RingChunks part{ring, blocks, chunk};
-  for (size_t round = 0; round < blocks.rounds(chunk); ++round) {
-    wire.send(ring.next(), part(1, round));
-    for (int back = 2; back < ring.size; ++back) {
-      wire.recv_reduce_send(ring.previous(), ring.next(), part(back, round));
-    }
+RR_HOST_DEVICE void ring_allreduce_receive(Wire& wire, const RingChunks& part, size_t round,
+                                           size_t index) {
+  const Ring& ring = part.ring;
+  const int number = static_cast<int>(index), last_sum = ring.size - 2;
+  if (number < last_sum) {
+    wire.recv_reduce_send(ring.previous(), ring.next(), part(number + 2, round));
+  } else if (number == last_sum) {
     wire.recv_reduce_copy_send(ring.previous(), ring.next(), part(0, round));
-    for (int back = 1; back < ring.size - 1; ++back) {
-      wire.recv_copy_send(ring.previous(), ring.next(), part(back, round));
-    }
+  } else if (number < 2 * ring.size - 3) {
+    wire.recv_copy_send(ring.previous(), ring.next(), part(number - last_sum, round));
+  } else {
     wire.recv_copy_send(ring.previous(), {}, part(ring.size - 1, round));
+  }
+}
+
+/// Both, joined where they meet. `lanes` rounds are under way at once, so that the links carry one
+/// chunk while another one is being added; round r is on lane r mod lanes, and a rank serves its
+/// lanes by turns. lanes + 1 slots per FIFO are enough, and the least: numbering a rank's messages
+/// in order, number m needs a slot that the next rank has emptied before its own number m - 1, and
+/// data that the previous rank has sent as number m - lanes, so no wait is for a later number.
+template <class Wire>
+RR_HOST_DEVICE void ring_allreduce(Wire& wire, const Ring& ring, const Blocks& blocks, size_t chunk,
+                                   size_t lanes = 1) {
+  const RingChunks part{ring, blocks, chunk};
+  const size_t receives = 2 * static_cast<size_t>(ring.size - 1);
+  const size_t turns = (blocks.rounds(chunk) + lanes - 1) / lanes;
+  for (size_t step = 0; step <= turns * receives; ++step) {
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      if (step > 0) {
+        const size_t round = (step - 1) / receives * lanes + lane;
+        ring_allreduce_receive(wire, part, round, (step - 1) % receives);
+      }
+      // A round past the end has empty chunks, which move nothing.
+      if (step % receives == 0) wire.send(ring.next(), part(1, step / receives * lanes + lane));
+    }
   }
 }
 

@@ -25,16 +25,20 @@ struct Chunk {
   }
 };
 
-/// How a message of `count` elements is divided: block r belongs to rank r. Three forms, all of
+/// How a message of `count` elements is divided: block r belongs to rank r. Four forms, all of
 /// them pure functions of values that every rank knows:
 ///   even   equal blocks, rounded up to `granule` elements so that no two ranks share a cache line
+///   first  the same among the first `owners` ranks; the others have none
 ///   table  given offsets (size + 1 of them, not owned), as allgather and reduce_scatter need
 ///   single all of it belongs to one rank; so a broadcast is an allgather and a reduce a
 ///   reduce_scatter
 class Blocks {
  public:
   static constexpr Blocks even(size_t count, int size, size_t granule = 1) {
-    const size_t ranks = static_cast<size_t>(size);
+    return first(size, count, size, granule);
+  }
+  static constexpr Blocks first(int owners, size_t count, int size, size_t granule = 1) {
+    const size_t ranks = static_cast<size_t>(owners);
     const size_t share = (count + ranks - 1) / ranks;
     return Blocks(count, size, (share + granule - 1) / granule * granule, nullptr, -1);
   }

@@ -27,6 +27,8 @@ struct Message {
   size_t item_bytes = 1;
   Runs inputs;  // never written, unless an output is the same memory
   Runs outputs;
+  /// Of the inputs: partial where they are a node's sums already. Only a Wire takes such a message.
+  Format input_format = Format::storage;
 
   /// Gathers the chunk's inputs.
   void copy_in(Chunk chunk, char* to) const {
@@ -60,7 +62,7 @@ struct Message {
       const size_t begin = std::max(run->offset, chunk.offset);
       const size_t end = std::min(run->offset + run->count, chunk.end());
       if (begin < end)
-        visit(run->data + (begin - run->offset) * item_bytes, Chunk{begin, end - begin});
+        visit(run->data + (begin - run->offset) * bytes_per_item(runs), Chunk{begin, end - begin});
     }
   }
 
@@ -69,9 +71,15 @@ struct Message {
   void for_each_pair(Chunk chunk, Visit visit) const {
     for_each_run(inputs, chunk, [&](char* input, Chunk in_part) {
       for_each_run(outputs, in_part, [&](char* output, Chunk part) {
-        visit(input + (part.offset - in_part.offset) * item_bytes, output, part);
+        visit(input + (part.offset - in_part.offset) * bytes_per_item(inputs), output, part);
       });
     });
+  }
+
+ private:
+  size_t bytes_per_item(const Runs& runs) const {
+    const bool partial = &runs == &inputs && input_format == Format::partial;
+    return partial ? partial_size_of(reduction.dtype) : item_bytes;
   }
 };
 

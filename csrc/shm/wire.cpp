@@ -107,7 +107,7 @@ void ShmWire::recv_reduce_send(Peers from, Peers to, Chunk chunk) {
     for (const Peer& peer : from) {
       sources[num_sources++] = {find(incoming_, peer).slot() + offset_bytes, Format::partial};
     }
-    sources[num_sources++] = {input, Format::storage};
+    sources[num_sources++] = {input, message.input_format};
     for (const Peer& peer : to) {
       targets[num_targets++] = {find(outgoing_, peer).slot() + offset_bytes, Format::partial};
     }
@@ -129,7 +129,7 @@ void ShmWire::recv_reduce_copy_send(Peers from, Peers to, Chunk chunk) {
       sources[num_sources++] = {find(incoming_, peer).slot() + offset * partial_bytes,
                                 Format::partial};
     }
-    sources[num_sources++] = {input, Format::storage};
+    sources[num_sources++] = {input, message.input_format};
     for (const Peer& peer : to) {
       targets[num_targets++] = {find(outgoing_, peer).slot() + offset * message.item_bytes,
                                 Format::storage};

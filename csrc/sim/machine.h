@@ -4,9 +4,10 @@
 //   A message of n bytes takes alpha + n * beta from its sender to its receiver. It starts when its
 //   data are there, a slot of the FIFO is free, the FIFO's last message has arrived (a link carries
 //   one at a time), and the sender's port is free; the port is busy for n * beta, as all messages
-//   of a rank share it. A slot is free again as soon as the receiver has used its contents.
-//   Arithmetic takes no time. Over a window, a rank moves n bytes from or to other ranks' memory in
-//   n * beta, its own in none, and learns alpha later what another rank has published.
+//   of a rank share it. A slot is free again as soon as the receiver has used its contents. Adding
+//   n bytes that a message brought takes n * sum_s_per_byte of the receiver, none by default. Over
+//   a window, a rank moves n bytes from or to other ranks' memory in n * beta, its own in none, and
+//   learns alpha later what another rank has published.
 //
 // With alpha = 1 and beta = 0 the time of a collective is thus the number of messages on its
 // longest chain.
@@ -29,6 +30,7 @@ struct Machine {
   /// A rank starts, and goes on before each of its steps, up to this much later than it could.
   double max_delay_s = 0;
   uint64_t seed = 0;  // of the delays and of the order
+  double sum_s_per_byte = 0;
 };
 
 /// Of one rank.

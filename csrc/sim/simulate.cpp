@@ -69,7 +69,7 @@ void run_on_wires(Algorithm algorithm, World& world) {
     const Ring ring{rank, size};
     switch (algorithm) {
       case Algorithm::ring_allreduce:
-        return ring_allreduce(wire, ring, blocks, chunk);
+        return ring_allreduce(wire, ring, blocks, chunk, world.problem.lanes);
       case Algorithm::ring_reduce_scatter:
         return ring_reduce_scatter(wire, ring, blocks, chunk);
       case Algorithm::ring_allgather:
@@ -113,6 +113,7 @@ void run_staged(Algorithm algorithm, World& world) {
 void validate(const Problem& problem, const Machine& machine) {
   const Reduction& reduction = problem.reduction;
   if (problem.chunk == 0) throw std::invalid_argument("a chunk has at least one element");
+  if (problem.lanes == 0) throw std::invalid_argument("a ring has at least one lane");
   if (machine.slots == 0) throw std::invalid_argument("a FIFO has at least one slot");
   if (reduction.size != problem.blocks.size() || reduction.size < 1) {
     throw std::invalid_argument("there is one block for each rank, and at least one rank");

@@ -41,8 +41,9 @@ struct Problem {
   Blocks blocks;  // of reduction.size ranks
   size_t chunk;   // elements per message, slice, or block and round
   const char* inputs;
-  char* outputs;    // may be `inputs`
-  size_t lead = 1;  // of staged rounds
+  char* outputs;     // may be `inputs`
+  size_t lead = 1;   // of staged rounds
+  size_t lanes = 1;  // of ring_allreduce
 };
 
 struct Outcome {

@@ -163,7 +163,7 @@ void Wire::combine(Peers from, Chunk chunk, std::span<const Target> targets) {
       sources.push_back(
           {incoming(peer).packets.front().bytes.data() + skip * partial_bytes, Format::partial});
     }
-    sources.push_back({input, Format::storage});
+    sources.push_back({input, message_.input_format});
     std::vector<Target> shifted;
     for (const Target& target : targets) {
       const size_t skip_bytes = skip * size_of(message_.reduction.dtype, target.format);
@@ -171,6 +171,8 @@ void Wire::combine(Peers from, Chunk chunk, std::span<const Target> targets) {
     }
     reduce(message_.reduction, shifted, sources, part.length);
   });
+  const size_t added_bytes = static_cast<size_t>(from.count) * chunk.length * partial_bytes;
+  fibers_.clock() += static_cast<double>(added_bytes) * network_.machine_.sum_s_per_byte;
 }
 
 }  // namespace ringreduce::sim
