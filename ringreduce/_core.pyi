@@ -11,6 +11,7 @@ OPS: dict[str, int]
 DTYPES: dict[str, int]
 ITEM_BYTES: tuple[int, ...]
 ALGORITHMS: tuple[str, ...]
+ACROSS_ALGORITHMS: tuple[str, ...]
 
 def build_info() -> dict[str, str]: ...
 def learn_type(
@@ -71,3 +72,37 @@ class Communicator:
     def window_info(self) -> dict[str, Any]: ...
     def choice(self, kind: int, size_bytes: int, /) -> str: ...
     def stats(self) -> dict[str, Any]: ...
+
+def simulate_cluster(
+    local_sizes: list[int],
+    inputs: npt.NDArray[np.uint8],
+    segment: int,
+    across: str,
+    chunk: int,
+    *,
+    inside: tuple[float, float],
+    link: tuple[float, float],
+    lead: int = 1,
+    lanes: int = 1,
+    shared_port: bool = False,
+) -> dict[str, Any]: ...
+def predict_cluster(
+    count: int,
+    nodes: int,
+    local_size: int,
+    segment: int,
+    across: str,
+    chunk: int,
+    *,
+    inside: tuple[float, float],
+    link: tuple[float, float],
+) -> dict[str, Any]: ...
+def choose_cluster(
+    count: int,
+    nodes: int,
+    local_size: int,
+    *,
+    inside: tuple[float, float],
+    link: tuple[float, float],
+    most_chunk: int,
+) -> tuple[str, int, int, float]: ...

@@ -53,7 +53,7 @@ PYTHON_ORDER = (
     *("horovod_meeting", "horovod_types", "horovod_ops"),
     *("horovod_optimizer", "horovod_batchnorm", "horovod"),
     *("__init__", "testing"),
-    *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench", "info"),
+    *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench", "info", "simulate"),
 )
 # The one step up: methods of Communicator whose bodies live in a module of their own.
 UPWARD = {("communicator", "broadcasting")}
@@ -62,7 +62,7 @@ TORCH_MODULES = {
     *("profiling", "tensors", "bootstrap", "launch"),
     *("broadcasting", "buckets", "ballot", "codecs", "costs", "join", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
-    *("bench_peers", "bench", "info"),
+    *("bench_peers", "bench", "info", "simulate"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
     *("horovod_meeting", "horovod_types", "horovod_ops"),
     *("horovod_optimizer", "horovod_batchnorm", "horovod"),

@@ -11,7 +11,10 @@ from ringreduce import _core
 
 Array = npt.NDArray[np.generic]
 
-ALLREDUCES = ("ring_allreduce", "tree_allreduce", "one_shot", "two_shot", "staged_allreduce")
+ALLREDUCES = (
+    *("ring_allreduce", "tree_allreduce", "one_shot", "two_shot"),
+    *("doubling_allreduce", "staged_allreduce"),
+)
 SIZES = (1, 2, 3, 5, 8, 64)
 
 
@@ -75,7 +78,7 @@ def test_uneven_blocks(kind: str) -> None:
         assert np.array_equal(scattered[rank, block], inputs[:, block].sum(axis=0))
 
 
-@pytest.mark.parametrize("algorithm", ALLREDUCES[:4])
+@pytest.mark.parametrize("algorithm", ALLREDUCES[:5])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_counts_and_costs(algorithm: str, dtype: str) -> None:
     result = simulate(algorithm, messages(16, 256, dtype), alpha_s=1.0)

@@ -14,6 +14,12 @@
 //   chain_reduce           p - 2 + ceil(n / c)   n                sent
 //   chain_broadcast        p - 2 + ceil(n / c)   n                sent
 //   tree_allreduce         2 H + C - 1           2 n              sent (p = 3: 3 n / 2, p = 2: n)
+//   doubling_allreduce     H ceil(n / c)         H n              sent (p no power of 2: see below)
+//
+// Hierarchical, for each of m segments of n / m elements, on nodes of q ranks each: inside, 1 step
+// and (q - 1) n / q elements fetched before and after; across, an allreduce of n / q elements by
+// the nodes. Overlapped: T(inside) + T(across) + (m - 1) max(T(inside), T(across)), T being the
+// time of a segment.
 //
 // A step is a message that cannot leave before another one has come, or a meeting of all ranks. A
 // message of m bytes takes alpha + m * beta (Hockney: "The communication challenge for MPP", 1994).
@@ -21,6 +27,8 @@
 
 #include <cstddef>
 
+#include "algorithms/doubling.h"
+#include "algorithms/hierarchical.h"
 #include "algorithms/topology.h"
 #include "base/chunk.h"
 #include "base/dtype.h"
@@ -152,6 +160,85 @@ constexpr Cost tree_allreduce_cost(size_t count, int size, size_t chunk, int ran
     const TreePlace place = trees.place(tree, rank);
     if (place.parent != -1) cost.moved.partial += halves[tree];
     cost.moved.storage += halves[tree] * static_cast<size_t>(place.num_children);
+  }
+  return cost;
+}
+
+// ---- By recursive doubling. Exact; but `serial` is a bound from above where there are extra
+// ranks, as the chain with most steps need not be the one with most elements. An extra rank's data
+// are one step late; that delays all results by a step. They come back another step late only to
+// extra ranks whose partners are farthest from another extra rank's partner: where more than half
+// of the paired ranks are partners.
+
+constexpr Cost doubling_allreduce_cost(size_t count, int size, size_t chunk, int rank) {
+  if (size == 1 || count == 0) return {};
+  const Doubling pairs{rank, size};
+  const int extra = size - pairs.paired();
+  const size_t exchanges = static_cast<size_t>(pairs.exchanges());
+  const size_t there = extra > 0 ? 1 : 0, back = 2 * extra > pairs.paired() ? 1 : 0;
+  Cost cost{.steps = (count + chunk - 1) / chunk * (exchanges + there + back),
+            .serial = {(exchanges + there) * count, there * count},
+            .moved = {exchanges * count, pairs.partner().count > 0 ? count : 0}};
+  if (pairs.is_extra()) cost.moved = {count, 0};
+  return cost;
+}
+
+// ---- Across nodes and inside.
+
+/// The algorithms that a shard can take across the nodes.
+enum class Across : int { ring, tree, doubling };
+inline constexpr const char* across_names[] = {"ring", "tree", "doubling"};
+inline constexpr int num_across = 3;
+
+constexpr Cost across_cost(Across algorithm, size_t count, int nodes, size_t chunk, int node) {
+  switch (algorithm) {
+    case Across::ring:
+      return ring_allreduce_cost(Blocks::even(count, nodes), chunk, node);
+    case Across::tree:
+      return tree_allreduce_cost(count, nodes, chunk, node);
+    default:
+      return doubling_allreduce_cost(count, nodes, chunk, node);
+  }
+}
+
+struct HierarchicalCost {
+  size_t segments = 0;
+  Cost reduce_scatter, across, allgather;  // of the first segment; none is longer
+  Elements inside_moved, across_moved;     // of all segments, by this rank: fetched, and sent
+
+  /// `across_s`: the time of the first segment's allreduce. Exact for equal segments where inside
+  /// is not the slower, otherwise a bound from above.
+  constexpr double time_s(Link inside, double across_s, Dtype dtype) const {
+    if (segments == 0) return 0;
+    const double inside_s = reduce_scatter.time_s(inside, dtype) + allgather.time_s(inside, dtype);
+    const double slower_s = inside_s > across_s ? inside_s : across_s;
+    return inside_s + across_s + static_cast<double>(segments - 1) * slower_s;
+  }
+};
+
+/// Of local rank `local` on node `node`, which holds `local_size` ranks. A rank fetches its shard
+/// from the others, and later their shards.
+constexpr HierarchicalCost hierarchical_cost(const Rails& rails, int local_size, int nodes,
+                                             int node, int local, Across algorithm, size_t chunk) {
+  HierarchicalCost cost;
+  cost.segments = rails.segments();
+  if (cost.segments == 0) return cost;
+  const size_t others = static_cast<size_t>(local_size - 1), meeting = others > 0 ? 1 : 0;
+  for (const size_t segment : {size_t{0}, cost.segments - 1}) {  // all but the last are alike
+    const size_t times = segment > 0 || cost.segments == 1 ? 1 : cost.segments - 1;
+    const Blocks shards = rails.shards(segment, local_size);
+    const size_t own = shards[local].length, whole = shards.count();
+    if (segment == 0) {
+      const size_t largest = shards.largest(), least = shards[local_size - 1].length;
+      cost.reduce_scatter = {meeting, {.storage = others * largest}, {.storage = others * own}};
+      cost.allgather = {meeting, {.storage = whole - least}, {.storage = whole - own}};
+      cost.across = across_cost(algorithm, largest, nodes, chunk, node);
+    }
+    const Cost across = across_cost(algorithm, own, nodes, chunk, node);
+    cost.inside_moved.storage += times * (others * own + (whole - own));
+    cost.across_moved.partial += times * across.moved.partial;
+    cost.across_moved.storage += times * across.moved.storage;
+    if (cost.segments == 1) break;
   }
   return cost;
 }

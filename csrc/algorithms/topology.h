@@ -11,9 +11,10 @@ namespace ringreduce {
 enum Channel : int {
   ring_channel = 0,
   up_channel = 1,
-  down_channel = 3
-};  // tree t: up + t, down + t
-inline constexpr int num_channels = 5;
+  down_channel = 3,  // tree t: up + t, down + t
+  doubling_channel = 5
+};
+inline constexpr int num_channels = 6;
 
 /// One end of a FIFO as an algorithm names it: the rank at the other end, and the channel.
 struct Peer {
@@ -32,6 +33,13 @@ struct Peers {
   RR_HOST_DEVICE constexpr const Peer* begin() const { return peer; }
   RR_HOST_DEVICE constexpr const Peer* end() const { return peer + count; }
 };
+
+/// Steps in which one rank can reach `size` of them. 0 for one.
+RR_HOST_DEVICE constexpr int ceil_log2(int size) {
+  int log2 = 0;
+  while ((size - 1) >> log2 > 0) ++log2;
+  return log2;
+}
 
 struct Ring {
   int rank, size;
@@ -86,15 +94,7 @@ struct InorderTree {
   }
 
   /// The largest depth of any position.
-  RR_HOST_DEVICE constexpr int height() const {
-    int most = 0;
-    for (int position = 0; position < size; ++position) {
-      int depth = 0;
-      for (int up = parent(position); up != -1; up = parent(up)) ++depth;
-      if (depth > most) most = depth;
-    }
-    return most;
-  }
+  RR_HOST_DEVICE constexpr int height() const { return ceil_log2(size); }
 };
 
 /// Two trees over the same ranks, each carrying half of the message (Sanders, Speck, Traeff:

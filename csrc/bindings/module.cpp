@@ -13,4 +13,5 @@ NB_MODULE(_core, m) {
   ringreduce::register_trace(m);  // before what takes one
   ringreduce::register_communicator(m);
   ringreduce::register_simulation(m);
+  ringreduce::register_cluster_simulation(m);
 }

@@ -62,9 +62,14 @@ void Fibers::run(const std::function<void(int)>& body) {
 }
 
 /// After a stop everybody runs on to the end, past all waits: stacks are unwound the ordinary way.
-bool Fibers::can_run(int rank) const {
-  const Fiber& fiber = fibers_[static_cast<size_t>(rank)];
-  return !fiber.finished && (stopped() || !fiber.ready || fiber.ready());
+bool Fibers::can_run(int rank) {
+  Fiber& fiber = fibers_[static_cast<size_t>(rank)];
+  if (fiber.finished) return false;
+  if (stopped() || !fiber.ready) return true;
+  if (fiber.asleep) return false;
+  const bool ready = fiber.ready();
+  fiber.asleep = fiber.sleeps && !ready;
+  return ready;
 }
 
 /// -1: all have finished.
@@ -117,6 +122,14 @@ bool Fibers::wait(std::function<bool()> ready, std::function<std::string()> desc
   fiber.describe = std::move(describe);
   hand_over();
   return !stopped();
+}
+
+bool Fibers::sleep(std::function<bool()> ready, std::function<std::string()> describe) {
+  Fiber& fiber = fibers_[static_cast<size_t>(running_)];
+  fiber.sleeps = true;
+  const bool met = wait(std::move(ready), std::move(describe));
+  fiber.sleeps = fiber.asleep = false;
+  return met;
 }
 
 void Fibers::fail(const std::string& reason) {

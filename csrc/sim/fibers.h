@@ -55,6 +55,10 @@ class Fibers {
   /// Until ready(). False: everything has stopped. `describe` says what for, if nobody will ever
   /// provide it.
   bool wait(std::function<bool()> ready, std::function<std::string()> describe);
+  /// The same, for what changes only when somebody calls wake(rank): nobody asks before, which
+  /// makes many ranks affordable.
+  bool sleep(std::function<bool()> ready, std::function<std::string()> describe);
+  void wake(int rank) { fibers_[static_cast<size_t>(rank)].asleep = false; }
   /// Stops all ranks: every wait returns false from now on, also those under way.
   void fail(const std::string& reason);
 
@@ -65,11 +69,13 @@ class Fibers {
     std::function<bool()> ready;  // empty: can run
     std::function<std::string()> describe;
     double clock = 0;
+    bool sleeps = false;  // asks for `ready` after wake only
+    bool asleep = false;  // and nobody has called it since
     bool finished = false;
   };
 
   static void enter();
-  bool can_run(int rank) const;
+  bool can_run(int rank);
   int choose();
   std::string deadlock() const;
   void hand_over();

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "algorithms/doubling.h"
 #include "algorithms/one_shot.h"
 #include "algorithms/ring.h"
 #include "algorithms/tree.h"
@@ -75,6 +76,8 @@ void run_on_wires(Algorithm algorithm, World& world) {
       case Algorithm::ring_allgather:
         place_own_block(message);
         return ring_allgather(wire, ring, blocks, chunk);
+      case Algorithm::doubling_allreduce:
+        return doubling_allreduce(wire, rank, size, blocks.count(), chunk);
       default:
         return tree_allreduce(wire, rank, size, blocks.count(), chunk);
     }
@@ -148,6 +151,7 @@ Outcome simulate(Algorithm algorithm, const Problem& problem, const Machine& mac
     case Algorithm::ring_reduce_scatter:
     case Algorithm::ring_allgather:
     case Algorithm::tree_allreduce:
+    case Algorithm::doubling_allreduce:
       run_on_wires(algorithm, world);
       break;
     case Algorithm::one_shot:
@@ -176,6 +180,8 @@ std::optional<Cost> cost_of(Algorithm algorithm, const Problem& problem, int ran
       return ring_allgather_cost(blocks, problem.chunk, rank);
     case Algorithm::tree_allreduce:
       return tree_allreduce_cost(blocks.count(), blocks.size(), problem.chunk, rank);
+    case Algorithm::doubling_allreduce:
+      return doubling_allreduce_cost(blocks.count(), blocks.size(), problem.chunk, rank);
     case Algorithm::one_shot:
       return one_shot_cost(blocks.count(), blocks.size());
     case Algorithm::two_shot:

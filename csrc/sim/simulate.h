@@ -19,6 +19,7 @@ enum class Algorithm : int {
   ring_reduce_scatter,
   ring_allgather,
   tree_allreduce,
+  doubling_allreduce,
   one_shot,
   two_shot,
   staged_allreduce,
@@ -27,10 +28,9 @@ enum class Algorithm : int {
 };
 
 inline constexpr const char* algorithm_names[] = {
-    "ring_allreduce",   "ring_reduce_scatter",
-    "ring_allgather",   "tree_allreduce",
-    "one_shot",         "two_shot",
-    "staged_allreduce", "staged_reduce_scatter",
+    "ring_allreduce",   "ring_reduce_scatter", "ring_allgather",
+    "tree_allreduce",   "doubling_allreduce",  "one_shot",
+    "two_shot",         "staged_allreduce",    "staged_reduce_scatter",
     "staged_allgather",
 };
 

@@ -1,6 +1,7 @@
 #include "sim/wire.h"
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 namespace ringreduce::sim {
@@ -18,11 +19,18 @@ std::string name(Chunk chunk, Format format) {
 }  // namespace
 
 Network::Network(Fibers& fibers, const Machine& machine, int size)
+    : Network(fibers, machine, std::vector<int>(static_cast<size_t>(size))) {
+  std::iota(fiber_of_.begin(), fiber_of_.end(), 0);
+}
+
+Network::Network(Fibers& fibers, const Machine& machine, std::vector<int> fiber_of, Ports* ports)
     : fibers_(fibers),
       machine_(machine),
-      size_(static_cast<size_t>(size)),
+      size_(fiber_of.size()),
       fifos_(size_ * size_ * num_channels),
-      port_free_(size_) {}
+      fiber_of_(std::move(fiber_of)),
+      own_ports_(size_),
+      ports_(ports ? *ports : own_ports_) {}
 
 size_t Network::messages_left() const {
   size_t left = 0;
@@ -40,13 +48,14 @@ Network::Fifo& Network::fifo(int from, int to, int channel) {
 /// The sender has waited until a slot is free.
 void Network::send(int from, Peer to, Packet packet) {
   Fifo& fifo = this->fifo(from, to.rank, to.channel);
-  double& port_free = port_free_[static_cast<size_t>(from)];
+  double& port_free = ports_[static_cast<size_t>(from)];
   const double begin = std::max({fibers_.clock(), fifo.idle_since, port_free});
   const double busy = static_cast<double>(packet.bytes.size()) * machine_.link.beta_s_per_byte;
   port_free = begin + busy;
   fifo.idle_since = packet.arrival = begin + machine_.link.alpha_s + busy;
   fifo.free_since.pop_front();
   fifo.packets.push_back(std::move(packet));
+  fibers_.wake(fiber_of_[static_cast<size_t>(to.rank)]);
 }
 
 Wire::Wire(Network& network, int rank, const Message& message, Counts& counts)
@@ -94,11 +103,36 @@ void Wire::recv_copy_send(Peers from, Peers to, Chunk chunk) {
   finish(from, to, packet);
 }
 
+void Wire::recv_reduce_keep(Peers from, Chunk chunk) {
+  if (!start(from, {}, chunk, Format::partial)) return;
+  kept_.resize(chunk.length * partial_size_of(message_.reduction.dtype));
+  const Target targets[] = {{kept_.data(), Format::partial}};
+  combine(from, chunk, targets);
+  finish(from, {}, {});
+}
+
+/// Both sides add in order of rank.
+void Wire::exchange(Peer with, Chunk chunk, bool last) {
+  if (!start({}, with, chunk, Format::partial)) return;
+  finish({}, with, {kept_, chunk, Format::partial, 0});
+  if (!start(with, {}, chunk, Format::partial)) return;
+  Source sources[] = {{kept_.data(), Format::partial},
+                      {incoming(with).packets.front().bytes.data(), Format::partial}};
+  if (with.rank < rank_) std::swap(sources[0], sources[1]);
+  fibers_.clock() += static_cast<double>(kept_.size()) * network_.machine_.sum_s_per_byte;
+  std::vector<char> result(last ? chunk.length * message_.item_bytes : 0);
+  const Target target =
+      last ? Target{result.data(), Format::storage} : Target{kept_.data(), Format::partial};
+  reduce(message_.reduction, {&target, 1}, sources, chunk.length);
+  if (last) message_.copy_out(chunk, result.data());
+  finish(with, {}, {});
+}
+
 /// Waits for every message and every slot that the step needs, and moves the clock to that moment.
 bool Wire::start(Peers from, Peers to, Chunk chunk, Format format) {
   if (chunk.empty()) return false;
-  if (!fibers_.wait([=, this] { return ready(from, to); },
-                    [=, this] { return missing(from, to); })) {
+  if (!fibers_.sleep([=, this] { return ready(from, to); },
+                     [=, this] { return missing(from, to); })) {
     return false;
   }
   double& clock = fibers_.clock();
@@ -147,6 +181,7 @@ void Wire::finish(Peers from, Peers to, const Packet& packet) {
     counts_.bytes_received += fifo.packets.front().bytes.size();
     fifo.packets.pop_front();
     fifo.free_since.push_back(now);
+    fibers_.wake(network_.fiber_of_[static_cast<size_t>(peer.rank)]);
   }
   ++counts_.primitives;
   counts_.finish_s = now;

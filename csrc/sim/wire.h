@@ -18,10 +18,18 @@
 
 namespace ringreduce::sim {
 
+/// When a sender's port is free again.
+using Ports = std::vector<double>;
+
 /// All FIFOs between all ranks, made when first used.
 class Network {
  public:
   Network(Fibers& fibers, const Machine& machine, int size);
+  /// The same for ranks that are not fibers 0 .. size-1. `fiber_of` and `ports` are by rank; ports
+  /// that other networks use, too, outlive them all.
+  Network(Fibers& fibers, const Machine& machine, std::vector<int> fiber_of,
+          Ports* ports = nullptr);
+  Network(const Network&) = delete;
 
   /// Messages that nobody has received. After a correct collective there are none.
   size_t messages_left() const;
@@ -50,7 +58,9 @@ class Network {
   const Machine& machine_;
   size_t size_;
   std::vector<std::unique_ptr<Fifo>> fifos_;  // by sender, receiver and channel
-  std::vector<double> port_free_;             // by rank: when it can send again
+  std::vector<int> fiber_of_;
+  Ports own_ports_;
+  Ports& ports_;
 };
 
 /// One rank's end; used by that rank's fiber only. The primitives are those that ring.h lists.
@@ -64,6 +74,8 @@ class Wire {
   void recv_reduce_send(Peers from, Peers to, Chunk chunk);
   void recv_reduce_copy_send(Peers from, Peers to, Chunk chunk);
   void recv_copy_send(Peers from, Peers to, Chunk chunk);
+  void recv_reduce_keep(Peers from, Chunk chunk);
+  void exchange(Peer with, Chunk chunk, bool last);
 
  private:
   using Packet = Network::Packet;
@@ -83,6 +95,7 @@ class Wire {
   const Message& message_;
   Counts& counts_;
   Delays delays_;
+  std::vector<char> kept_;  // the running sum of exchanges
 };
 
 }  // namespace ringreduce::sim

@@ -2,11 +2,15 @@
 // with 1 if anything did.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <numeric>
 #include <string>
 #include <vector>
 
+#include "algorithms/choice.h"
+#include "sim/hierarchical.h"
 #include "sim/simulate.h"
 
 namespace ringreduce::sim {
@@ -90,12 +94,224 @@ void test_lanes_hide_the_arithmetic() {
   }
 }
 
+// ---- Hierarchical
+
+struct ClusterCase {
+  std::vector<int> local_sizes;
+  size_t count, segment, lead, chunk;
+  Across across;
+
+  int size() const { return std::accumulate(local_sizes.begin(), local_sizes.end(), 0); }
+  int nodes() const { return static_cast<int>(local_sizes.size()); }
+  Rails rails() const {
+    return {*std::min_element(local_sizes.begin(), local_sizes.end()), count, segment};
+  }
+  std::string name() const {
+    std::string text = std::string("hierarchical over ") + across_names[static_cast<int>(across)];
+    for (const int local_size : local_sizes) text += " " + std::to_string(local_size);
+    return text + ": " + std::to_string(count) + " elements in segments of " +
+           std::to_string(segment) + ", lead " + std::to_string(lead);
+  }
+};
+
+template <class Type>
+ClusterOutcome run(const ClusterCase& test, const Cluster& cluster, Dtype dtype, Op op,
+                   const std::vector<Type>& inputs, std::vector<Type>& outputs) {
+  outputs.assign(inputs.size(), Type());
+  const ClusterProblem problem{{dtype, op, test.size()},
+                               test.rails(),
+                               test.lead,
+                               test.across,
+                               test.chunk,
+                               1,
+                               reinterpret_cast<const char*>(inputs.data()),
+                               reinterpret_cast<char*>(outputs.data())};
+  ClusterOutcome outcome = simulate(problem, cluster);
+  check(outcome.failure.empty(), test.name() + ": " + outcome.failure);
+  return outcome;
+}
+
+void check_bytes(const ClusterCase& test, const ClusterOutcome& outcome, Dtype dtype) {
+  size_t rank = 0;
+  for (int node = 0; node < test.nodes(); ++node) {
+    const int local_size = test.local_sizes[static_cast<size_t>(node)];
+    for (int local = 0; local < local_size; ++local, ++rank) {
+      const HierarchicalCost cost = hierarchical_cost(test.rails(), local_size, test.nodes(), node,
+                                                      local, test.across, test.chunk);
+      check(outcome.inside[rank].bytes_received == cost.inside_moved.bytes(dtype),
+            test.name() + ": bytes inside of rank " + std::to_string(rank));
+      check(outcome.across[rank].bytes_sent == cost.across_moved.bytes(dtype),
+            test.name() + ": bytes across of rank " + std::to_string(rank));
+    }
+  }
+}
+
+void run_and_check(const ClusterCase& test) {
+  const size_t size = static_cast<size_t>(test.size());
+  std::vector<int64_t> inputs(test.count * size), outputs;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    inputs[i] = static_cast<int64_t>(i / test.count + 1) * static_cast<int64_t>(i % test.count % 7);
+  }
+  Cluster cluster{test.local_sizes, {1, 0}, {}, false};
+  const ClusterOutcome outcome = run(test, cluster, Dtype::i64, Op::sum, inputs, outputs);
+  check_bytes(test, outcome, Dtype::i64);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const auto sum = static_cast<int64_t>(size * (size + 1) / 2 * (i % test.count % 7));
+    if (outputs[i] != sum) return check(false, test.name() + ": wrong at " + std::to_string(i));
+  }
+  std::vector<uint16_t> ones(test.count * size, 0x3f80), means;
+  run(test, cluster, Dtype::bf16, Op::avg, ones, means);
+  check(ones == means, test.name() + ": the average of ones");
+}
+
+void test_hierarchical() {
+  const std::vector<std::vector<int>> clusters = {
+      {1},       {4},          {1, 1},          {2, 2}, {1, 3},
+      {5, 2, 3}, {4, 4, 4, 4}, {3, 1, 2, 5, 1}, {8, 8}, {2, 2, 2, 2, 2, 2, 2}};
+  for (const std::vector<int>& local_sizes : clusters) {
+    for (const Across across : {Across::ring, Across::tree, Across::doubling}) {
+      for (const size_t count : {0, 1, 7, 97}) {
+        for (const size_t lead : {0, 1, 2})
+          run_and_check({local_sizes, count, 20, lead, 3, across});
+        run_and_check({local_sizes, count, 1000, 1, 2, across});
+      }
+    }
+  }
+}
+
+/// Any order of events, delays, and one port for a node's ranks: the same bits on all ranks.
+void test_hierarchical_bits() {
+  for (const std::vector<int>& local_sizes : {std::vector<int>{4, 2, 3}, {2, 2, 2, 2, 2}}) {
+    for (const Across across : {Across::ring, Across::tree, Across::doubling}) {
+      const ClusterCase test{local_sizes, 101, 30, 1, 4, across};
+      std::vector<float> inputs(test.count * static_cast<size_t>(test.size())), first, outputs;
+      Random random(5);
+      for (float& input : inputs) input = static_cast<float>(random.unit() - 0.5);
+      for (uint64_t seed = 0; seed < 6; ++seed) {
+        Cluster cluster{local_sizes, {1, 0.01}, {.order = Order::random}, seed % 2 == 1};
+        cluster.machine.max_delay_s = 9;
+        cluster.machine.seed = seed;
+        run(test, cluster, Dtype::f32, Op::sum, inputs, outputs);
+        if (seed == 0) first.assign(outputs.begin(), outputs.begin() + 101);
+        for (size_t i = 0; i < outputs.size(); ++i) {
+          if (outputs[i] != first[i % test.count]) {
+            check(false, test.name() + ": other bits, seed " + std::to_string(seed));
+            break;
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Equal nodes and equal segments: exact where the network is the slower, and else within the
+/// bound; a shared port makes a node's rails share its bandwidth.
+void test_hierarchical_times() {
+  for (const int nodes : {2, 3, 8, 16}) {
+    for (const size_t segments : {1, 2, 5}) {
+      for (const Link inside : {Link{0.5, 0.001}, Link{1, 0.5}, Link{20, 2}}) {
+        for (const Across across : {Across::ring, Across::doubling}) {
+          const size_t chunk = 2, shard = 2 * chunk * static_cast<size_t>(nodes);
+          const ClusterCase test{std::vector<int>(static_cast<size_t>(nodes), 4),
+                                 4 * shard * segments,
+                                 4 * shard,
+                                 1,
+                                 chunk,
+                                 across};
+          Cluster cluster{test.local_sizes, inside, {}, false};
+          cluster.machine.link = {1, 0.25};
+          std::vector<int64_t> inputs(test.count * static_cast<size_t>(test.size())), outputs;
+          const double actual = run(test, cluster, Dtype::i64, Op::sum, inputs, outputs).finish_s;
+          const HierarchicalCost cost =
+              hierarchical_cost(test.rails(), 4, nodes, 0, 0, across, chunk);
+          const double across_s = cost.across.time_s(cluster.machine.link, Dtype::i64);
+          const double inside_s = cost.reduce_scatter.time_s(inside, Dtype::i64) +
+                                  cost.allgather.time_s(inside, Dtype::i64);
+          const double expected = cost.time_s(inside, across_s, Dtype::i64);
+          const bool exact =
+              (nodes != 3 || across == Across::ring) && (inside_s <= across_s || segments == 1);
+          check(exact ? std::abs(actual - expected) < 1e-9 * expected
+                      : actual <= 1.000001 * expected && actual >= 0.7 * expected,
+                test.name() + " by " + std::to_string(nodes) + ": takes " + std::to_string(actual) +
+                    ", not " + std::to_string(expected));
+          cluster.shared_port = true;
+          const double shared = run(test, cluster, Dtype::i64, Op::sum, inputs, outputs).finish_s;
+          check(exact ? shared > actual : shared >= actual,
+                test.name() + ": a shared port costs nothing");
+        }
+      }
+    }
+  }
+}
+
+// ---- The choice
+
+/// tree_time_s against the simulator.
+void test_tree_time() {
+  for (const int size : {2, 3, 8, 37, 64}) {
+    for (const double beta : {0.01, 0.05, 0.25, 1.0, 8.0}) {
+      for (const size_t chunks : {1, 2, 8, 40}) {
+        const Machine machine{.link = {1, beta / 8}};
+        const double actual =
+            run(Algorithm::tree_allreduce, 2 * chunks, size, 1, 1, machine, "tree").finish_s;
+        const double predicted = tree_time_s(2 * chunks, size, 1, machine.link, Dtype::i64);
+        check(predicted >= 0.92 * actual && predicted <= 1.35 * actual,
+              "a tree of " + std::to_string(size) + ", beta " + std::to_string(beta) + ", " +
+                  std::to_string(chunks) + " chunks: " + std::to_string(actual) + ", predicted " +
+                  std::to_string(predicted));
+      }
+    }
+  }
+}
+
+/// 1 KB to 1 GB on 8 to 4096 nodes of 8 ranks: no algorithm, with any chunk and any number of
+/// segments, is more than 10 % faster than the choice; and at both ends it is near what the links
+/// allow.
+void test_choice() {
+  const size_t most_chunk = size_t{1} << 20;
+  for (const Link link : {Link{2e-6, 1 / 12e9}, Link{30e-6, 8 / 1e9}, Link{5e-6, 1 / 25e9}}) {
+    const Link inside{0.5e-6, 1 / 100e9};
+    for (int nodes = 8; nodes <= 4096; nodes = nodes < 64 ? nodes + 7 : nodes * 2) {
+      for (size_t bytes = 1024; bytes <= size_t{1} << 30; bytes *= 4) {
+        const NodesChoice choice =
+            choose_hierarchical(bytes, nodes, 8, inside, link, Dtype::u8, most_chunk);
+        double best_s = choice.time_s;
+        for (size_t segments = 1; segments <= 64; segments *= 2) {
+          const Rails rails{8, bytes, (bytes + segments - 1) / segments};
+          for (const Across across : {Across::ring, Across::tree, Across::doubling}) {
+            for (size_t chunk = 64; chunk <= most_chunk; chunk *= 2) {
+              best_s = std::min(best_s, hierarchical_time_s(rails, 8, nodes, {across, chunk},
+                                                            inside, link, Dtype::u8));
+            }
+          }
+        }
+        const std::string name =
+            std::to_string(bytes) + " bytes on " + std::to_string(nodes) + " nodes";
+        check(choice.time_s <= 1.1 * best_s, name + ": the choice is not the best");
+        const double latency_s = ceil_log2(nodes) * link.alpha_s + 2 * inside.alpha_s;
+        const double across_s =
+            2.0 * (nodes - 1) / nodes * static_cast<double>(bytes) / 8 * link.beta_s_per_byte;
+        const double inside_s = 2.0 * 7 / 8 * static_cast<double>(bytes) * inside.beta_s_per_byte;
+        const double bandwidth_s = std::max(across_s, inside_s);
+        const double ratio = choice.time_s / std::max(latency_s, bandwidth_s);
+        const bool at_an_end = bytes == 1024 || bytes == size_t{1} << 30;
+        check(!at_an_end || ratio <= 1.3, name + ": " + std::to_string(ratio) + " x the bound");
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace ringreduce::sim
 
 int main() {
   ringreduce::sim::test_lanes();
   ringreduce::sim::test_lanes_hide_the_arithmetic();
+  ringreduce::sim::test_hierarchical();
+  ringreduce::sim::test_hierarchical_bits();
+  ringreduce::sim::test_hierarchical_times();
+  ringreduce::sim::test_tree_time();
+  ringreduce::sim::test_choice();
   std::printf("across: %d failures\n", ringreduce::sim::num_failures);
   return ringreduce::sim::num_failures == 0 ? 0 : 1;
 }

@@ -33,17 +33,17 @@ constexpr Algorithm all_algorithms[] = {
     Algorithm::ring_allgather,   Algorithm::tree_allreduce,
     Algorithm::one_shot,         Algorithm::two_shot,
     Algorithm::staged_allreduce, Algorithm::staged_reduce_scatter,
-    Algorithm::staged_allgather,
+    Algorithm::staged_allgather, Algorithm::doubling_allreduce,
 };
 constexpr Algorithm allreduces[] = {
     Algorithm::ring_allreduce, Algorithm::tree_allreduce,   Algorithm::one_shot,
-    Algorithm::two_shot,       Algorithm::staged_allreduce,
+    Algorithm::two_shot,       Algorithm::staged_allreduce, Algorithm::doubling_allreduce,
 };
 
 bool is_one_of(Algorithm algorithm, std::initializer_list<Algorithm> algorithms) {
   return std::find(algorithms.begin(), algorithms.end(), algorithm) != algorithms.end();
 }
-bool on_wires(Algorithm algorithm) { return algorithm <= Algorithm::tree_allreduce; }
+bool on_wires(Algorithm algorithm) { return algorithm <= Algorithm::doubling_allreduce; }
 bool is_staged(Algorithm algorithm) { return algorithm >= Algorithm::staged_allreduce; }
 bool scatters(Algorithm algorithm) {
   return is_one_of(algorithm, {Algorithm::ring_reduce_scatter, Algorithm::staged_reduce_scatter});
@@ -280,7 +280,8 @@ void test_uneven_blocks() {
   }
 }
 
-/// Under alpha and beta: exact for equal blocks; the tree stays below its bound, and near it.
+/// Under alpha and beta: exact for equal blocks; trees, and doubling with extra ranks, stay below
+/// their bounds, and near them.
 void test_times() {
   for (const int size : {2, 3, 4, 5, 6, 7, 8, 13, 16, 31, 32, 33, 64}) {
     for (const Link link : {Link{1, 0.25}, Link{0, 1}, Link{64, 0.25}}) {
@@ -293,8 +294,10 @@ void test_times() {
           Tensors<Int64> outputs;
           const double actual = run<Int64>(test, outputs).finish_s;
           const double expected = cost_of(test, 0).time_s(link, Int64::dtype);
-          const bool is_tree = algorithm == Algorithm::tree_allreduce;
-          check(is_tree ? actual <= expected && actual >= expected / 2 : actual == expected,
+          const bool is_bound = algorithm == Algorithm::tree_allreduce ||
+                                (algorithm == Algorithm::doubling_allreduce &&
+                                 !std::has_single_bit(static_cast<unsigned>(size)));
+          check(is_bound ? actual <= expected && actual >= expected / 2 : actual == expected,
                 test.name() + ": takes " + std::to_string(actual) + ", not " +
                     std::to_string(expected));
         }
@@ -337,12 +340,13 @@ void test_tree_places() {
     const DoubleTree trees{size};
     check(trees.height() == static_cast<int>(std::bit_width(static_cast<unsigned>(size - 1))),
           "height");
-    int inner_in_both = 0;
+    int inner_in_both = 0, deepest = 0;
     for (int rank = 0; rank < size; ++rank) {
       const TreePlace places[] = {trees.place(0, rank), trees.place(1, rank)};
       inner_in_both += places[0].num_children > 0 && places[1].num_children > 0;
       for (int tree = 0; tree < 2; ++tree) {
         const TreePlace& place = places[tree];
+        deepest = std::max(deepest, place.depth);
         check((place.parent == -1) == (place.depth == 0), "the root is alone at depth 0");
         if (place.parent == -1) continue;
         const TreePlace parent = trees.place(tree, place.parent);
@@ -351,6 +355,7 @@ void test_tree_places() {
         check(parent.depth + 1 == place.depth, "a child is one deeper");
       }
     }
+    check(deepest == trees.height(), "the deepest is at the height");
     if (size > 2)
       check(inner_in_both == size % 2, "inner in both trees, of " + std::to_string(size));
   }
