@@ -17,7 +17,7 @@ import numpy as np
 from ringreduce import _core
 
 MOST_RANKS = 1024  # that are run; above, and above so many messages, formulas answer
-MOST_MESSAGES = 2_000_000
+MOST_MESSAGES = 4_000_000
 FLAT = tuple(_core.ACROSS_ALGORITHMS)
 NAMES = (*FLAT, *(f"hierarchical-{name}" for name in FLAT), "choice")
 TIME_UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}

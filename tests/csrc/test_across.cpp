@@ -72,6 +72,17 @@ void test_lanes() {
   }
 }
 
+/// Whatever the number of ranks, chunks follow each other through one slot.
+void test_doubling_takes_one_slot() {
+  for (int size = 2; size <= 64; ++size) {
+    const Machine machine{
+        .slots = 1, .order = Order::random, .max_delay_s = 3, .seed = static_cast<uint64_t>(size)};
+    const std::string name = "doubling of " + std::to_string(size) + " with one slot";
+    const Outcome outcome = run(Algorithm::doubling_allreduce, 29, size, 3, 1, machine, name);
+    check(outcome.failure.empty(), name + ": " + outcome.failure);
+  }
+}
+
 /// Adding takes as long as the link does. One lane leaves the links idle meanwhile; with two, and
 /// three slots, they are busy all the time.
 void test_lanes_hide_the_arithmetic() {
@@ -307,6 +318,7 @@ void test_choice() {
 int main() {
   ringreduce::sim::test_lanes();
   ringreduce::sim::test_lanes_hide_the_arithmetic();
+  ringreduce::sim::test_doubling_takes_one_slot();
   ringreduce::sim::test_hierarchical();
   ringreduce::sim::test_hierarchical_bits();
   ringreduce::sim::test_hierarchical_times();
