@@ -30,6 +30,24 @@ class Work:
     def times_ns(self) -> tuple[int, int]: ...
     def output(self) -> npt.NDArray[np.uint8]: ...
 
+class MpiLibrary:
+    """What the core needs of the MPI that mpi4py has loaded; handles as they lie in memory."""
+
+    path: str
+    handle_bytes: int
+    status_bytes: int
+    def __init__(
+        self,
+        *,
+        path: str,
+        handle_bytes: int,
+        status_bytes: int,
+        communicator: bytes,
+        byte_type: bytes,
+        null_request: bytes,
+        undefined: int,
+    ) -> None: ...
+
 class Communicator:
     rank: int
     size: int
@@ -50,6 +68,8 @@ class Communicator:
         algorithm: str,
         name: str,
         trace: Trace,
+        host: str = "",
+        open_network: Callable[[], tuple[MpiLibrary, int]] | None = None,
     ) -> None: ...
     def submit(
         self,

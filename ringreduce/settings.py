@@ -21,12 +21,13 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Settings:
-    """The values in force. All ranks of a job have the same, `log` excepted."""
+    """The values in force. All ranks of a job have the same, those of OWN excepted."""
 
     timeout_s: float
     warn_after_s: float
     algorithm: str
     log: str
+    host: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,16 @@ SETTINGS = (
         _one_of(LOG_LEVELS),
         "what is logged: " + ", ".join(LOG_LEVELS),
     ),
+    Setting(
+        "host",
+        "RINGREDUCE_HOST",
+        None,
+        "",
+        str,
+        "ranks with different ones use the network, as if on different hosts: to try it on one",
+    ),
 )
+OWN = ("log", "host")  # a rank may well have its own
 
 
 def read(environment: Mapping[str, str], **arguments: object) -> Settings:
@@ -162,7 +172,7 @@ def agree(
         if "problem" in theirs:
             raise RingReduceError(f"rank {other} could not start: {theirs['problem']}")
     for setting in SETTINGS:
-        if setting.field == "log":  # a single rank may well be made more talkative
+        if setting.field in OWN:
             continue
         first = everyone[0][setting.field]
         for other, theirs in enumerate(everyone):

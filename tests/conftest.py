@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, why_not
 
 import ringreduce
 from ringreduce import testing
@@ -100,6 +101,25 @@ def mpirun(launcher: str, mpi_name: str, tmp_path: Path) -> Mpirun:
         return run_to_end(command, environment, timeout_s)
 
     return run
+
+
+@pytest.fixture
+def cluster(launcher: str, mpi_name: str) -> Iterator[Callable[..., Cluster]]:
+    """cluster(hosts, rate="1gbit") -> Cluster. Skipped, visibly, where the machine allows none."""
+    if mpi_name != "Open MPI":
+        pytest.skip("scripts/cluster.sh knows Open MPI's mpirun only")
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    made: list[Cluster] = []
+
+    def make(hosts: int, rate: str = "1gbit") -> Cluster:
+        made.append(Cluster(launcher, f"t{os.getpid()}n{len(made)}", hosts, rate))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.down()
 
 
 def run_to_end(

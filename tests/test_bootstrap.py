@@ -115,6 +115,24 @@ MPI.COMM_WORLD.Recv(bytearray(1), 0)  # never comes
 """
 
 
+MPI_LIBRARY_SCRIPT = """
+import mpi4py, os, sys
+if sys.argv[1] == "some" and int(os.environ.get("PMI_RANK", os.environ.get("PMIX_RANK"))) == 1:
+    mpi4py.rc.thread_level = "serialized"
+from mpi4py import MPI
+from ringreduce.bootstrap import MpiBootstrap
+from ringreduce.errors import RingReduceError
+bootstrap = MpiBootstrap(MPI.COMM_WORLD, 20)
+try:
+    library = bootstrap.mpi_library()
+    assert bootstrap.mpi_library() is library
+    print(library.path == MPI.__file__, library.handle_bytes, library.status_bytes, flush=True)
+except RingReduceError as error:
+    print(error, flush=True)
+"""
+MPI_LIBRARY = ["-c", MPI_LIBRARY_SCRIPT]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_mpi(mpirun, request, size):
     done = mpirun(size, MPI_SCRIPT.format(tests=str(request.path.parent)))
@@ -127,6 +145,24 @@ def test_mpi_waits_no_longer_than_the_timeout(mpirun):
     assert done.returncode == 9, done.stderr
     assert "rank 0 waited 0.3 s in init for the other ranks" in done.stdout
     assert "True" in done.stdout
+
+
+def test_mpi_library_is_what_mpi4py_has_loaded(mpirun, mpi_name):
+    done = mpirun(2, [*MPI_LIBRARY, "all"])
+    sizes = "8 24" if mpi_name == "Open MPI" else "4 20"
+    assert (done.returncode, done.stdout) == (0, f"True {sizes}\n" * 2), done.stderr
+
+
+def test_mpi_library_needs_every_rank_to_have_thread_multiple(mpirun):
+    done = mpirun(2, [*MPI_LIBRARY, "some"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("needs MPI_THREAD_MULTIPLE, and MPI gives less on rank 1.") == 2
+
+
+@pytest.mark.parametrize("bootstrap", [SelfBootstrap(), StoreBootstrap(None, 0, 2, timeout_s=1)])
+def test_without_mpi_there_is_no_library(bootstrap):
+    with pytest.raises(RingReduceError, match="on several hosts, which ringreduce connects by MPI"):
+        bootstrap.mpi_library()
 
 
 def test_mpi_refuses_what_is_not_a_communicator():

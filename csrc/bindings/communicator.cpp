@@ -150,9 +150,18 @@ Algorithm algorithm_named(const std::string& name) {
 
 void construct(PyCommunicator* self, int rank, int size, nb::callable exchange, bool in_process,
                double timeout_s, double warn_after_s, const std::string& algorithm,
-               const std::string& name, std::shared_ptr<Trace> trace) {
-  Options options{in_process, timeout_s,       warn_after_s, algorithm_named(algorithm),
-                  name,       std::move(trace)};
+               const std::string& name, std::shared_ptr<Trace> trace, const std::string& host,
+               nb::object open_network) {
+  Options options{in_process, timeout_s, warn_after_s,    algorithm_named(algorithm),
+                  name,       host,      std::move(trace)};
+  OpenNetwork native_network;
+  if (!open_network.is_none()) {
+    native_network = [&open_network] {
+      nb::gil_scoped_acquire gil;
+      const auto [library, number] = nb::cast<std::pair<MpiLibrary, int>>(open_network());
+      return Network{load_mpi(library), number};
+    };
+  }
   const Exchange native_exchange = [&exchange, size](const std::string& message) {
     nb::gil_scoped_acquire gil;
     nb::list answers = nb::cast<nb::list>(exchange(nb::bytes(message.data(), message.size())));
@@ -169,7 +178,8 @@ void construct(PyCommunicator* self, int rank, int size, nb::callable exchange, 
   std::unique_ptr<Communicator> communicator;
   {
     nb::gil_scoped_release no_gil;
-    communicator = std::make_unique<Communicator>(rank, size, native_exchange, options);
+    communicator =
+        std::make_unique<Communicator>(rank, size, native_exchange, options, native_network);
   }
   new (self) PyCommunicator{std::move(communicator), {}};
 }
@@ -233,7 +243,8 @@ void register_communicator(nb::module_& m) {
   nb::class_<PyCommunicator>(m, "Communicator", nb::is_weak_referenceable())
       .def("__init__", &construct, nb::arg("rank"), nb::arg("size"), nb::arg("exchange"),
            nb::kw_only(), nb::arg("in_process"), nb::arg("timeout_s"), nb::arg("warn_after_s"),
-           nb::arg("algorithm"), nb::arg("name"), nb::arg("trace"))
+           nb::arg("algorithm"), nb::arg("name"), nb::arg("trace"), nb::arg("host") = "",
+           nb::arg("open_network") = nb::none())
       .def_prop_ro("rank", [core](PyCommunicator& self) { return core(self).rank; })
       .def_prop_ro("size", [core](PyCommunicator& self) { return core(self).size; })
       .def_prop_ro("local_rank",
@@ -262,8 +273,8 @@ void register_communicator(nb::module_& m) {
                        const std::string& reason) { self.communicator->abort(reason); })
       .def("close", [](PyCommunicator& self) { self.communicator->close(); })
       .def("drain", &drain)
-      .def("mark_reported", [core](PyCommunicator& self) { core(self).group.mark_reported(); })
-      .def("all_reported", [core](PyCommunicator& self) { return core(self).group.all_reported(); })
+      .def("mark_reported", [](PyCommunicator& self) { self.communicator->mark_reported(); })
+      .def("all_reported", [](PyCommunicator& self) { return self.communicator->all_reported(); })
       .def("window_info", &window_info)
       .def("choice", &choice)
       .def("stats", &stats);

@@ -11,6 +11,7 @@ NB_MODULE(_core, m) {
   ringreduce::register_errors(m);
   ringreduce::register_words(m);
   ringreduce::register_trace(m);  // before what takes one
+  ringreduce::register_mpi(m);
   ringreduce::register_communicator(m);
   ringreduce::register_simulation(m);
   ringreduce::register_cluster_simulation(m);

@@ -4,6 +4,7 @@
 #include "algorithms/ring.h"
 #include "algorithms/tree.h"
 #include "algorithms/two_shot.h"
+#include "comm/across.h"
 #include "shm/staged.h"
 
 namespace ringreduce {
@@ -11,9 +12,6 @@ namespace {
 
 /// Blocks of an allreduce end on cache lines: no two ranks write to the same one.
 constexpr size_t block_granule = line_bytes;
-
-/// No allgather's result is larger: what peers say of their sizes is checked against this.
-constexpr uint64_t largest_result_bytes = uint64_t{1} << 46;
 
 class Collective {
  public:
@@ -210,15 +208,10 @@ class Collective {
 
   void allgather() {
     if (!core_.window.arrive()) return;
-    std::vector<size_t> offsets{0};
     for (int peer = 0; peer < core_.size; ++peer) {
-      const uint64_t rows = core_.window.header_of(peer).rows;
-      work_.counts.push_back(rows);
-      offsets.push_back(offsets.back() + rows * header_.count);
+      work_.counts.push_back(core_.window.header_of(peer).rows);
     }
-    work_.output_bytes = offsets.back() * message_.item_bytes;
-    if (work_.output_bytes > largest_result_bytes) throw std::bad_alloc();
-    work_.output.reset(new char[work_.output_bytes]);
+    const std::vector<size_t> offsets = allocate_output(work_, header_.count, message_.item_bytes);
     operands_.place_inputs_at(offsets[static_cast<size_t>(core_.rank)]);
     operands_.set_output(work_.output.get(), offsets.back());
     gather(Blocks::table(offsets.data(), core_.size));
@@ -228,33 +221,10 @@ class Collective {
     throw_aborted(core_, header_.describe() + " #" + std::to_string(header_.sequence));
   }
 
-  /// "rank 0 calls A; ranks 1, 2 call B", the same text on all ranks.
   [[noreturn]] void throw_mismatch() const {
-    std::string sides;
-    bool alike = false;
-    std::vector<bool> told(static_cast<size_t>(core_.size), false);
-    for (int rank = 0; rank < core_.size; ++rank) {
-      if (told[static_cast<size_t>(rank)]) continue;
-      const Header header = core_.window.header_of(rank);
-      std::string same;
-      int others = 0;
-      for (int peer = rank; peer < core_.size; ++peer) {
-        if (core_.window.header_of(peer).digest() != header.digest()) continue;
-        told[static_cast<size_t>(peer)] = true;
-        same += (others++ ? ", " : "") + std::to_string(peer);
-      }
-      if (sides.find(header.describe()) != std::string::npos) alike = true;
-      sides += (sides.empty() ? "" : "; ") + std::string(others > 1 ? "ranks " : "rank ") + same +
-               (others > 1 ? " call " : " calls ") + header.describe();
-    }
-    if (alike) sides += " with other shapes, dtypes or order of the tensors that are not shown";
-    throw Error(ErrorCode::mismatch, "collective #" + std::to_string(header_.sequence) +
-                                         " of communicator '" + core_.options.name +
-                                         "' differs between ranks: " + sides + " (you are rank " +
-                                         std::to_string(core_.rank) +
-                                         "). Every rank must make the same calls in the same "
-                                         "order. No data was changed, and the "
-                                         "communicator can still be used");
+    std::vector<Header> headers;
+    for (int peer = 0; peer < core_.size; ++peer) headers.push_back(core_.window.header_of(peer));
+    ringreduce::throw_mismatch(core_, headers);
   }
 
   Core& core_;
@@ -295,6 +265,17 @@ TraceRecord record_of(const Core& core, const Call& call, const Work& work, int6
 
 }  // namespace
 
+std::vector<size_t> allocate_output(Work& work, size_t row_elements, size_t item_bytes) {
+  // What peers say of their sizes is checked against this.
+  constexpr size_t largest_result_bytes = size_t{1} << 46;
+  std::vector<size_t> offsets{0};
+  for (const size_t rows : work.counts) offsets.push_back(offsets.back() + rows * row_elements);
+  work.output_bytes = offsets.back() * item_bytes;
+  if (work.output_bytes > largest_result_bytes) throw std::bad_alloc();
+  work.output.reset(new char[work.output_bytes]);
+  return offsets;
+}
+
 void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
   Trace& trace = *core.options.trace;
   const bool traced = trace.on();
@@ -308,7 +289,11 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
   };
   work.begin_ns = now_ns();
   try {
-    Collective(core, call, work, interrupted).run();
+    if (core.cluster) {
+      run_across(core, call, work, interrupted);
+    } else {
+      Collective(core, call, work, interrupted).run();
+    }
   } catch (const Error& error) {
     finish(error.code());
     throw;  // all ranks have it, or an abort told them
@@ -345,6 +330,34 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interru
     if (error.code() == ErrorCode::resource || !watch.stop()) throw;
     throw_aborted(core, header.describe() + " #" + std::to_string(header.sequence));
   }
+}
+
+/// "rank 0 calls A; ranks 1, 2 call B", the same text on all ranks.
+void throw_mismatch(const Core& core, const std::vector<Header>& headers) {
+  std::string sides;
+  bool alike = false;
+  std::vector<bool> told(headers.size(), false);
+  for (size_t rank = 0; rank < headers.size(); ++rank) {
+    if (told[rank]) continue;
+    const std::string call = headers[rank].describe();
+    std::string same;
+    int others = 0;
+    for (size_t peer = rank; peer < headers.size(); ++peer) {
+      if (headers[peer].digest() != headers[rank].digest()) continue;
+      told[peer] = true;
+      same += (others++ ? ", " : "") + std::to_string(peer);
+    }
+    if (sides.find(call) != std::string::npos) alike = true;
+    sides += (sides.empty() ? "" : "; ") + std::string(others > 1 ? "ranks " : "rank ") + same +
+             (others > 1 ? " call " : " calls ") + call;
+  }
+  if (alike) sides += " with other shapes, dtypes or order of the tensors that are not shown";
+  throw Error(ErrorCode::mismatch,
+              "collective #" + std::to_string(headers[0].sequence) + " of communicator '" +
+                  core.options.name + "' differs between ranks: " + sides + " (you are rank " +
+                  std::to_string(core.rank) +
+                  "). Every rank must make the same calls in the same order. No data was changed, "
+                  "and the communicator can still be used");
 }
 
 void throw_aborted(const Core& core, const std::string& during) {

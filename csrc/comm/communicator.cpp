@@ -16,29 +16,29 @@ Deadline set_up_deadline(const Options& options) { return Deadline::after_s(opti
 
 }  // namespace
 
-Core::Core(int rank, int size, const Exchange& exchange, const Options& options)
+Core::Core(int rank, int size, const Exchange& exchange, const Options& options,
+           const OpenNetwork& open_network)
     : rank(rank),
       size(size),
       options(options),
-      node(rank, size, exchange, options.in_process, set_up_deadline(options)),
+      node(rank, size, exchange, options.in_process, options.host, set_up_deadline(options)),
       group(node, options.in_process, set_up_deadline(options)),
       window(group, node.create_segment(Window::staging_bytes(), set_up_deadline(options))),
       tuner(size == 1 ? Algorithm::two_shot : options.algorithm, group.claims()),
       arena(std::make_shared<Arena>()),
       name(std::make_shared<const std::string>(options.name)) {
   if (node.num_nodes() > 1) {
-    throw Error(ErrorCode::resource,
-                "the ranks are on " + std::to_string(node.num_nodes()) +
-                    " hosts (or do not share memory); this version connects the ranks of one");
-  }
-  if (tuner.needs_wire()) {
+    cluster = std::make_unique<Cluster>(node, group, rank, exchange, open_network,
+                                        set_up_deadline(options));
+  } else if (tuner.needs_wire()) {
     wire = std::make_unique<ShmWire>(
         group, node.create_segment(ShmWire::segment_bytes(), set_up_deadline(options)));
   }
 }
 
-Communicator::Communicator(int rank, int size, const Exchange& exchange, const Options& options)
-    : core_(std::make_shared<Core>(rank, size, exchange, options)),
+Communicator::Communicator(int rank, int size, const Exchange& exchange, const Options& options,
+                           const OpenNetwork& open_network)
+    : core_(std::make_shared<Core>(rank, size, exchange, options, open_network)),
       engine_(std::make_shared<Engine>()),
       fork_generation_(fork_generation.load()) {}
 
@@ -95,6 +95,13 @@ void Communicator::abort(const std::string& reason) {
   core_->group.abort(ErrorCode::peer_failed, core_->rank, reason);
 }
 
+void Communicator::mark_reported() {
+  if (core_->cluster) core_->cluster->tell_abort();
+  core_->group.mark_reported();
+}
+
+bool Communicator::all_reported() const { return !core_->cluster && core_->group.all_reported(); }
+
 void Communicator::give_up() {
   core_->group.abort(ErrorCode::interrupted, core_->rank,
                      "rank " + std::to_string(core_->rank) + " was interrupted while it waited");
@@ -108,8 +115,10 @@ void Communicator::close() {
     abort("rank " + std::to_string(core_->rank) +
           " closed the communicator while an operation was under way");
   }
+  const bool idle = engine_->idle();
   engine_->stop();
   core_->group.depart();
+  if (core_->cluster) core_->cluster->close(idle);
 }
 
 bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {

@@ -8,6 +8,7 @@
 
 #include "comm/arena.h"
 #include "comm/call.h"
+#include "comm/cluster.h"
 #include "comm/engine.h"
 #include "comm/trace.h"
 #include "comm/tuner.h"
@@ -22,7 +23,8 @@ struct Options {
   double timeout_s = 1800;   // of any one collective
   double warn_after_s = 30;  // a line on stderr that says who is missing
   Algorithm algorithm = Algorithm::automatic;
-  std::string name = "world";                                // for messages
+  std::string name = "world";  // for messages
+  std::string host;            // ranks that give different ones are on different hosts
   std::shared_ptr<Trace> trace = std::make_shared<Trace>();  // of all communicators of this rank
 };
 
@@ -33,14 +35,16 @@ struct Stats {
 /// What operations run on; shared with the progress thread, which may outlive the Communicator by
 /// one operation.
 struct Core {
-  Core(int rank, int size, const Exchange& exchange, const Options& options);
+  Core(int rank, int size, const Exchange& exchange, const Options& options,
+       const OpenNetwork& open_network);
 
   const int rank, size;
   const Options options;
   Node node;
   Group group;
   Window window;
-  std::unique_ptr<ShmWire> wire;  // only if an algorithm that needs it was asked for
+  std::unique_ptr<Cluster> cluster;  // only if the ranks are on several nodes
+  std::unique_ptr<ShmWire> wire;     // only if an algorithm that needs it was asked for
   const Tuner tuner;
   const std::shared_ptr<Arena> arena;
   std::atomic<uint64_t> sequence{0};  // of the last collective that began
@@ -51,8 +55,10 @@ struct Core {
 
 class Communicator {
  public:
-  /// Collective over the ranks that `exchange` joins.
-  Communicator(int rank, int size, const Exchange& exchange, const Options& options);
+  /// Collective over the ranks that `exchange` joins. `open_network`: called if they are on several
+  /// hosts; not kept.
+  Communicator(int rank, int size, const Exchange& exchange, const Options& options,
+               const OpenNetwork& open_network = {});
   ~Communicator() { close(); }
 
   /// Runs the collective, on this thread if nothing else is under way. When it has ended well,
@@ -67,6 +73,10 @@ class Communicator {
   /// Ends the communicator on all ranks: they raise PeerFailed with this reason, which names this
   /// rank.
   void abort(const std::string& reason);
+  /// After an abort: this rank has told its user, and may end. Other nodes hear of it now.
+  void mark_reported();
+  /// Whether all ranks have. Of those on other nodes nothing is known: then never.
+  bool all_reported() const;
   /// Local; does not wait. What is under way is aborted.
   void close();
   /// Until all has ended, or false; throws the error of what nobody waited for.

@@ -26,6 +26,7 @@ class Tuner {
   Choice choose(Kind kind, size_t message_bytes) const;
   /// Whether one rank reduces such a message faster than it can wake others to help.
   bool small(size_t message_bytes) const;
+  /// Ring or tree over all ranks, because it was asked for.
   bool needs_wire() const { return wanted_ == Algorithm::ring || wanted_ == Algorithm::tree; }
 
  private:

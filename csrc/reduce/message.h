@@ -22,6 +22,19 @@ struct Run {
 /// Runs in order of offset, without gaps between them.
 using Runs = std::vector<Run>;
 
+/// The runs of `chunk`, as a message of its own that begins at 0.
+inline Runs slice(const Runs& runs, Chunk chunk, size_t item_bytes) {
+  Runs sliced;
+  for (const Run& run : runs) {
+    const size_t begin = std::max(run.offset, chunk.offset);
+    const size_t end = std::min(run.offset + run.count, chunk.end());
+    if (begin >= end) continue;
+    sliced.push_back(
+        {begin - chunk.offset, end - begin, run.data + (begin - run.offset) * item_bytes});
+  }
+  return sliced;
+}
+
 struct Message {
   Reduction reduction{};
   size_t item_bytes = 1;

@@ -44,13 +44,22 @@ struct RankControl {
   std::atomic<uint32_t> reported;  // 1: has told its user of the abort
   std::atomic<int32_t> pid;
   std::atomic<uint64_t> nonce;  // proof that the mapping is the one that was meant
-  char reason[2048];            // why this rank aborted; written before it sets the abort word
+  // Why this rank aborted; written before it sets the abort word. Ranks of the communicator; -1:
+  // none.
+  int32_t culprit, detector;
+  char reason[2048];
 };
 
 /// Whether the rank has come to collective `sequence`, or has gone past it.
 inline bool has_come(const RankControl& control, uint64_t sequence) {
   return control.arrivals[sequence & 1].flag.reached(sequence) ||
          control.arrivals[(sequence + 1) & 1].flag.reached(sequence + 1);
+}
+
+/// The number of the last collective that the rank has come to, modulo 2^31; 0: none yet.
+inline uint32_t last_seen(const RankControl& control) {
+  const uint32_t even = control.arrivals[0].flag.value(), odd = control.arrivals[1].flag.value();
+  return ((odd - even) & 0x7fffffffu) < 0x40000000u ? odd : even;
 }
 
 /// Where all ranks meet when they outnumber the cores: the last to come publishes, nobody polls the
@@ -75,12 +84,16 @@ inline constexpr int max_staged_rounds = 8;  // under way at once
 
 /// In rank 0's segment; written by all ranks.
 struct GroupControl {
-  /// 0, or the first failure: code << 48 | (detector + 1) << 24 | (culprit + 1). The first writer
-  /// wins; the text is in the detector's RankControl, written before.
+  /// 0, or the first failure: code << 32 | writer + 1. The first writer wins; what it has to say is
+  /// in its RankControl, written before.
   alignas(line_bytes) std::atomic<uint64_t> abort_word;
   alignas(line_bytes) std::atomic<uint32_t> mismatch;  // verdict of the last to arrive
   Meeting arrival;
   Meeting rounds[max_staged_rounds];
+
+  /// Of several nodes: published by the leader, local rank 0, when all have met.
+  alignas(line_bytes) Flag nodes_met;
+  std::atomic<uint32_t> nodes_differ;
 };
 
 }  // namespace ringreduce

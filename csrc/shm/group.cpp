@@ -17,11 +17,9 @@ namespace ringreduce {
 namespace {
 
 constexpr int64_t interrupt_period_ns = 50'000'000;
+// How long other nodes are given to say which of their ranks is late.
+constexpr double answer_limit_s = 1;
 constexpr size_t group_offset_bytes = (sizeof(RankControl) + 4095) / 4096 * 4096;
-
-std::string name_rank(const RankControl& control, int rank) {
-  return "rank " + std::to_string(rank) + " (pid " + std::to_string(control.pid.load()) + ")";
-}
 
 /// 'T' for a stopped process; 0 if unknown (another pid namespace, no /proc).
 char process_state(int pid) {
@@ -31,10 +29,10 @@ char process_state(int pid) {
   return end != std::string::npos && end + 2 < text.size() ? text[end + 2] : '\0';
 }
 
-/// The number of the last collective that the rank has come to, modulo 2^31; 0: none yet.
-uint32_t last_seen(const RankControl& control) {
-  const uint32_t even = control.arrivals[0].flag.value(), odd = control.arrivals[1].flag.value();
-  return ((odd - even) & 0x7fffffffu) < 0x40000000u ? odd : even;
+std::string host_name() {
+  char name[256] = {};
+  gethostname(name, sizeof(name) - 1);
+  return name;
 }
 
 uint64_t random_nonce() {
@@ -48,9 +46,11 @@ uint64_t random_nonce() {
 Group::Group(Node& node, bool in_process, Deadline deadline)
     : rank_(node.local_rank()),
       size_(node.local_size()),
+      numbers_(node.ranks()),
       in_process_(in_process),
       claims_(node.local_size() > node.cores()),
       pid_(getpid()),
+      host_(node.num_nodes() > 1 ? host_name() : ""),
       segment_(node.create_segment(group_offset_bytes + sizeof(GroupControl), deadline)) {
   // Fresh pages are zero, which is the initial state of everything but the mutex.
   new (&own()) RankControl;
@@ -84,32 +84,39 @@ GroupControl& Group::shared() const {
 }
 
 void Group::abort(ErrorCode code, int culprit, const std::string& reason) {
+  abort({code, culprit, number_of(rank_), reason});
+}
+
+void Group::abort(const AbortRecord& record) {
   if (aborted()) return;
   // Two threads of one rank may abort at once (a wait's watch, and a user's exception): one of them
   // writes.
   static std::mutex writers;
   std::lock_guard lock(writers);
   if (aborted()) return;
+  own().culprit = record.culprit;
+  own().detector = record.detector;
   char* text = own().reason;
-  const size_t length = std::min(reason.size(), sizeof(own().reason) - 1);
-  std::memcpy(text, reason.data(), length);
+  const size_t length = std::min(record.reason.size(), sizeof(own().reason) - 1);
+  std::memcpy(text, record.reason.data(), length);
   text[length] = '\0';
-  const uint64_t word = static_cast<uint64_t>(code) << 48 | static_cast<uint64_t>(rank_ + 1) << 24 |
-                        static_cast<uint64_t>(culprit + 1);
+  const uint64_t word = static_cast<uint64_t>(record.code) << 32 | static_cast<uint64_t>(rank_ + 1);
   uint64_t none = 0;
   shared().abort_word.compare_exchange_strong(none, word, std::memory_order_acq_rel);
 }
 
 AbortRecord Group::abort_record() const {
   const uint64_t word = shared().abort_word.load(std::memory_order_acquire);
-  AbortRecord record;
-  if (word == 0) return record;
-  record.code = static_cast<ErrorCode>(word >> 48);
-  record.detector = std::clamp(static_cast<int>(word >> 24 & 0xffffff) - 1, 0, size_ - 1);
-  record.culprit = static_cast<int>(word & 0xffffff) - 1;
-  const char* text = control(record.detector).reason;
-  record.reason.assign(text, strnlen(text, sizeof(RankControl::reason)));
-  return record;
+  if (word == 0) return {};
+  const int writer = std::clamp(static_cast<int>(word & 0xffffffff) - 1, 0, size_ - 1);
+  const RankControl& from = control(writer);
+  return {static_cast<ErrorCode>(word >> 32), from.culprit, from.detector,
+          std::string(from.reason, strnlen(from.reason, sizeof(from.reason)))};
+}
+
+std::string Group::describe(int rank) const {
+  return "rank " + std::to_string(number_of(rank)) + " (pid " +
+         std::to_string(control(rank).pid.load()) + (host_.empty() ? "" : ", host " + host_) + ")";
 }
 
 void Group::depart() {
@@ -138,85 +145,104 @@ bool GroupWatch::stop() {
     begin_ns_ = now;
     next_interrupt_ns_ = now + interrupt_period_ns;
   }
-  if (group_.aborted() || check_peers() || check_user(now)) return true;
+  if (group_.aborted()) return true;
+  std::optional<AbortRecord> lost = group_.find_lost(header_.sequence);
+  if (!lost && group_.remote()) lost = group_.remote()->find_lost(header_.sequence);
+  if (lost) {
+    group_.abort(*lost);
+    return true;
+  }
+  if (check_user(now)) return true;
   check_time(now);
   return group_.aborted();
 }
 
 bool GroupWatch::check_user(int64_t now) {
-  const std::string me = "rank " + std::to_string(group_.rank());
+  const int number = group_.number_of(group_.rank());
+  const std::string me = "rank " + std::to_string(number);
   if (closing_.load(std::memory_order_relaxed)) {
-    group_.abort(ErrorCode::peer_failed, group_.rank(),
+    group_.abort(ErrorCode::peer_failed, number,
                  me + " closed the communicator during " + header_.describe());
     return true;
   }
   if (!interrupted_ || now < next_interrupt_ns_) return false;
   next_interrupt_ns_ = now + interrupt_period_ns;
   if (!interrupted_()) return false;
-  group_.abort(ErrorCode::interrupted, group_.rank(), me + " was interrupted while it waited");
+  group_.abort(ErrorCode::interrupted, number, me + " was interrupted while it waited");
   return true;
 }
 
-bool GroupWatch::check_peers() {
-  for (int peer = 0; peer < group_.size(); ++peer) {
-    const RankControl& control = group_.control(peer);
-    if (group_.dead(peer)) {
-      group_.abort(ErrorCode::peer_failed, peer,
-                   name_rank(control, peer) + " died (killed, crashed, or left without clean-up)");
-      return true;
+std::optional<AbortRecord> Group::find_lost(uint64_t sequence) const {
+  for (int peer = 0; peer < size_; ++peer) {
+    AbortRecord record{ErrorCode::peer_failed, number_of(peer), number_of(rank_), describe(peer)};
+    if (dead(peer)) {
+      record.reason += " died (killed, crashed, or left without clean-up)";
+      return record;
     }
     // In this order: whoever departed after it came here has done its part.
-    if (control.departed.load(std::memory_order_acquire) != 0 &&
-        !has_come(control, header_.sequence)) {
-      group_.abort(ErrorCode::peer_failed, peer,
-                   name_rank(control, peer) + " exited while others wait for it");
-      return true;
+    const RankControl& other = control(peer);
+    if (other.departed.load(std::memory_order_acquire) != 0 && !has_come(other, sequence)) {
+      record.reason += " exited while others wait for it";
+      return record;
     }
   }
-  return false;
+  return std::nullopt;
 }
 
 void GroupWatch::check_time(int64_t now) {
   const double waited_s = static_cast<double>(now - begin_ns_) * 1e-9;
   if (!warned_ && waited_s >= limits_.warn_after_s) {
     warned_ = true;
-    std::fprintf(stderr, "ringreduce: rank %d has waited %g s in %s #%llu: %s\n", group_.rank(),
-                 limits_.warn_after_s, header_.describe().c_str(),
-                 static_cast<unsigned long long>(header_.sequence), missing().c_str());
+    std::fprintf(stderr, "ringreduce: rank %d has waited %g s in %s #%llu: %s\n",
+                 group_.number_of(group_.rank()), limits_.warn_after_s, header_.describe().c_str(),
+                 static_cast<unsigned long long>(header_.sequence),
+                 why_long(group_.missing(header_.sequence)).c_str());
     std::fflush(stderr);
   }
-  if (waited_s >= limits_.end_after_s) {
-    char seconds[32];
-    std::snprintf(seconds, sizeof(seconds), "%g", limits_.end_after_s);
-    group_.abort(ErrorCode::timeout, -1,
-                 std::string("no end after ") + seconds + " s: " + missing());
+  if (waited_s < limits_.end_after_s) return;
+  const std::string missing = group_.missing(header_.sequence);
+  Remote* remote = group_.remote();
+  if (remote && missing.empty() && waited_s < limits_.end_after_s + answer_limit_s) {
+    if (!asked_) remote->ask(header_.sequence, limits_.end_after_s);
+    asked_ = true;
+    return;
   }
+  group_.abort(timed_out(group_, limits_.end_after_s, why_long(missing)));
 }
 
-/// Who has not come, what it did last, and whether it is stopped. Ranks that came are not named
-/// unless none is missing.
-std::string GroupWatch::missing() const {
+std::string GroupWatch::why_long(const std::string& missing) const {
+  if (!missing.empty()) return missing;
+  return group_.remote() ? "all ranks of this host have come"
+                         : "all ranks have come, but not all have finished";
+}
+
+AbortRecord timed_out(const Group& group, double after_s, const std::string& why) {
+  char seconds[32];
+  std::snprintf(seconds, sizeof(seconds), "%g", after_s);
+  return {ErrorCode::timeout, -1, group.number_of(group.rank()),
+          std::string("no end after ") + seconds + " s: " + why};
+}
+
+std::string Group::missing(uint64_t sequence) const {
   std::string late, present;
-  for (int peer = 0; peer < group_.size(); ++peer) {
-    const RankControl& control = group_.control(peer);
-    const char state = process_state(control.pid.load());
+  for (int peer = 0; peer < size_; ++peer) {
+    const RankControl& other = control(peer);
+    const char state = process_state(other.pid.load());
     const std::string stopped = state == 'T' || state == 't' ? ", its process is stopped" : "";
-    if (!has_come(control, header_.sequence)) {
-      const uint32_t last = last_seen(control);
+    if (!has_come(other, sequence)) {
+      const uint32_t last = last_seen(other);
       const std::string seen = last == 0 ? "it has called nothing yet"
                                          : "it was last seen in " +
-                                               control.headers[last & 1].load().describe() + " #" +
+                                               other.headers[last & 1].load().describe() + " #" +
                                                std::to_string(last);
-      late += (late.empty() ? "" : "; ") + name_rank(control, peer) + " has not come (" + seen +
-              stopped + ")";
+      late +=
+          (late.empty() ? "" : "; ") + describe(peer) + " has not come (" + seen + stopped + ")";
     } else if (!stopped.empty()) {
-      present += (present.empty() ? "" : "; ") + name_rank(control, peer) + " has come, but" +
-                 stopped.substr(1);
+      present +=
+          (present.empty() ? "" : "; ") + describe(peer) + " has come, but" + stopped.substr(1);
     }
   }
-  if (!late.empty() && !present.empty()) return late + "; " + present;
-  if (!late.empty()) return late;
-  return present.empty() ? "all ranks have come, but not all have finished" : present;
+  return late + (late.empty() || present.empty() ? "" : "; ") + present;
 }
 
 }  // namespace ringreduce

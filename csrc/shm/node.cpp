@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <set>
 
 #include "base/error.h"
 #include "shm/cores.h"
@@ -46,19 +45,28 @@ struct Listener {
 
 }  // namespace
 
-Node::Node(int rank, int size, const Exchange& exchange, bool in_process, Deadline deadline)
+Node::Node(int rank, int size, const Exchange& exchange, bool in_process, const std::string& host,
+           Deadline deadline)
     : in_process_(in_process) {
-  const std::string mine = identity(in_process);
+  const std::string mine = identity(in_process) + "/" + host;
   const std::vector<std::string> identities = exchange(mine);
   const std::vector<std::string> masks = exchange(affinity_mask());
-  std::vector<std::string> node_masks;
+  std::vector<std::string> node_masks, seen;
   for (int peer = 0; peer < size; ++peer) {
-    if (identities[static_cast<size_t>(peer)] != mine) continue;
+    const std::string& theirs = identities[static_cast<size_t>(peer)];
+    const size_t index =
+        static_cast<size_t>(std::find(seen.begin(), seen.end(), theirs) - seen.begin());
+    if (index == seen.size()) {
+      seen.push_back(theirs);
+      nodes_.emplace_back();
+    }
+    nodes_[index].push_back(peer);
+    if (theirs != mine) continue;
+    node_ = static_cast<int>(index);
     if (peer == rank) local_rank_ = static_cast<int>(ranks_.size());
     ranks_.push_back(peer);
     node_masks.push_back(masks[static_cast<size_t>(peer)]);
   }
-  num_nodes_ = static_cast<int>(std::set(identities.begin(), identities.end()).size());
   try {
     connect(exchange, deadline);
     // One rank's quota speaks for all: mpirun's children share a cgroup. The smallest decides.

@@ -3,31 +3,32 @@
 // that go with it. They stay open for the life of the communicator. No rank listens on a network.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "base/deadline.h"
+#include "base/exchange.h"
 #include "shm/segment.h"
 
 namespace ringreduce {
 
-/// An allgather of small messages among all ranks of a communicator, in rank order: what a
-/// Bootstrap gives.
-using Exchange = std::function<std::vector<std::string>(const std::string&)>;
-
 class Node {
  public:
   /// Collective over all ranks of `exchange`. Finds the ranks of this node and connects them.
-  Node(int rank, int size, const Exchange& exchange, bool in_process, Deadline deadline);
+  /// `host`: ranks that give different ones are taken to be on different hosts.
+  Node(int rank, int size, const Exchange& exchange, bool in_process, const std::string& host,
+       Deadline deadline);
   ~Node();
 
   int local_rank() const { return local_rank_; }
   int local_size() const { return static_cast<int>(ranks_.size()); }
   /// World ranks by local rank.
   const std::vector<int>& ranks() const { return ranks_; }
-  int num_nodes() const { return num_nodes_; }
+  int num_nodes() const { return static_cast<int>(nodes_.size()); }
+  /// The ranks of all nodes, this one among them, in the order of their first ranks.
+  const std::vector<std::vector<int>>& nodes() const { return nodes_; }
+  int node() const { return node_; }
   /// Cores that the node's ranks may use together: the union of their affinity masks, at most the
   /// cgroup's quota.
   int cores() const { return cores_; }
@@ -44,7 +45,8 @@ class Node {
   void close_sockets();
   std::vector<int> exchange_fds(int fd, Deadline deadline);
 
-  int local_rank_ = 0, num_nodes_ = 1, cores_ = 1;
+  int local_rank_ = 0, node_ = 0, cores_ = 1;
+  std::vector<std::vector<int>> nodes_;
   bool in_process_;
   std::vector<int> ranks_;
   std::vector<int> sockets_;  // leader: by local rank (own: -1); others: one, to the leader

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "base/watch.h"
 #include "shm/flag.h"
 
 namespace ringreduce {
@@ -22,14 +23,6 @@ struct Patience {
   // cost of sleeping.
   static constexpr Patience own_core() { return {20'000, 20}; }
   static constexpr Patience shared_core() { return {100, 20}; }
-};
-
-/// What else a wait looks at. stop() is called between spins and sleeps, from the waiting thread.
-class Watch {
- public:
-  virtual ~Watch() = default;
-  /// True: leave the wait, it will not end well. Stays true.
-  virtual bool stop() = 0;
 };
 
 inline void cpu_pause() {

@@ -142,6 +142,14 @@ void Window::reduce_to_self(Chunk chunk) {
   });
 }
 
+void Window::reduce_shares(const Reduction& reduction, size_t count, const Target& target) {
+  for (int peer = 0; peer < group_.size(); ++peer) {
+    sources_[static_cast<size_t>(peer)] = {share(peer, count * message_->item_bytes),
+                                           Format::storage};
+  }
+  ringreduce::reduce(reduction, {&target, 1}, sources_, count);
+}
+
 void Window::set_symmetric(int rank, const char* input, char* output) {
   symmetric_inputs_[static_cast<size_t>(rank)] = input;
   symmetric_outputs_[static_cast<size_t>(rank)] = output;

@@ -48,6 +48,11 @@ class Window {
   void share_input(Chunk chunk);
   void reduce_to_self(Chunk chunk);
 
+  // one_shot across nodes: one rank sums up what its node's ranks have shared, and shares the
+  // result in place of its own input.
+  void reduce_shares(const Reduction& reduction, size_t count, const Target& target);
+  char* share(int rank, size_t bytes) const;
+
   // two_shot over symmetric tensors: where every rank's input and output lie in this process's
   // memory
   void set_symmetric(int rank, const char* input, char* output);
@@ -68,7 +73,6 @@ class Window {
   void reduce_slice(Chunk slice);
   Meeting& staged_round(uint64_t round) const;
   Arrival& arrival_of(int rank) const;
-  char* share(int rank, size_t bytes) const;
   char* contribution(int rank, uint64_t round, int block) const;
   char* result(int rank, uint64_t round) const { return contribution(rank, round, group_.size()); }
 

@@ -16,6 +16,7 @@
 
 #include "base/error.h"
 #include "comm/communicator.h"
+#include "fake_mpi.h"
 
 namespace ringreduce {
 
@@ -58,6 +59,7 @@ struct Rank {
   int rank, size;
   Exchange exchange;
   Options options;
+  OpenNetwork open_network;
   std::mt19937 random;
   std::unique_ptr<Communicator> comm;
 
@@ -68,7 +70,7 @@ struct Rank {
   }
   /// Collective.
   std::unique_ptr<Communicator> open() {
-    return std::make_unique<Communicator>(rank, size, exchange, options);
+    return std::make_unique<Communicator>(rank, size, exchange, options, open_network);
   }
   std::shared_ptr<Work> start(Call call) {
     dawdle();
@@ -85,17 +87,22 @@ struct Rank {
   void finish(Work& work) { comm->wait(work, Deadline::never(), {}); }
 };
 
-inline void run_ranks(int size, Options options, const std::function<void(Rank&)>& body) {
+/// `hosts`: on which of several pretended hosts each rank is; empty: all on one.
+inline void run_ranks(int size, Options options, const std::function<void(Rank&)>& body,
+                      const std::vector<std::string>& hosts = {}) {
   static unsigned runs = 0;  // seeds: every run has its own delays, the same in every execution
   ++runs;
   options.in_process = true;
   ThreadExchange exchange(size);
+  FakeNetwork network({runs, 5});
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&exchange, &options, &body, rank, size, seed = runs * 100] {
+    threads.emplace_back([&, rank, seed = runs * 100] {
       auto round = std::make_shared<size_t>(0);
       const auto number = static_cast<size_t>(rank);
-      Rank self{rank, size, {}, options, std::mt19937(seed + static_cast<unsigned>(rank)), {}};
+      Rank self{rank, size, {}, options, {}, std::mt19937(seed + static_cast<unsigned>(rank)), {}};
+      if (!hosts.empty()) self.options.host = hosts[number];
+      self.open_network = [&network, rank] { return Network{network.rank(rank), rank}; };
       self.exchange = [&exchange, round, number](const std::string& message) {
         return exchange(number, (*round)++, message);
       };

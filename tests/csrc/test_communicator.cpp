@@ -131,7 +131,13 @@ void asynchronous(Rank& self) {
 
 /// Two communicators at work at once, each on a thread of its own.
 void side_by_side(Rank& self) {
-  Rank other{self.rank, self.size, self.exchange, self.options, std::mt19937(self.random()), {}};
+  Rank other{self.rank,
+             self.size,
+             self.exchange,
+             self.options,
+             self.open_network,
+             std::mt19937(self.random()),
+             {}};
   other.comm = self.open();
   std::thread thread([&other] {
     for (int salt = 0; salt < 15; ++salt) allreduces<float>(other, 5'000, salt);
@@ -173,6 +179,24 @@ void run_all(int size) {
   run_ranks(size, {}, symmetric);
 }
 
+/// Ranks that take themselves to be on several hosts: one each, in order, mixed, unequal.
+void run_across_hosts() {
+  const std::vector<std::vector<std::string>> layouts = {
+      {"a", "b"}, {"a", "b", "b"}, {"a", "a", "b", "b"}, {"a", "b", "c", "b", "b", "c", "c"}};
+  for (const std::vector<std::string>& hosts : layouts) {
+    const int size = static_cast<int>(hosts.size());
+    for (const Algorithm algorithm : {Algorithm::automatic, Algorithm::ring, Algorithm::tree}) {
+      announce("across hosts", size);
+      Options options;
+      options.algorithm = algorithm;
+      run_ranks(size, options, collectives, hosts);
+      run_ranks(size, options, asynchronous, hosts);
+    }
+    run_ranks(size, {}, side_by_side, hosts);
+    run_ranks(size, {}, symmetric, hosts);
+  }
+}
+
 }  // namespace
 }  // namespace ringreduce
 
@@ -180,4 +204,5 @@ int main() {
   alarm(ringreduce::limit_s);
   ringreduce::pin_to_two_cores();
   for (const int size : {1, 2, 3, 4, 7}) ringreduce::run_all(size);
+  ringreduce::run_across_hosts();
 }

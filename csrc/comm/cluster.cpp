@@ -1,0 +1,205 @@
+#include "comm/cluster.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <sstream>
+
+#include "base/error.h"
+
+namespace ringreduce {
+namespace {
+
+// What a communicator takes of MPI's tags: a wire needs one per channel.
+constexpr int agreement_tags = 0, leaders_tags = 1, rail_tags = leaders_tags + num_channels,
+              all_ranks_tags = rail_tags + num_channels,
+              tags_per_communicator = all_ranks_tags + num_channels;
+
+/// Grows by one with every communicator that this process has been a member of.
+std::atomic<int> next_communicator{0};
+
+constexpr char aborted_mark = 'A', departed_mark = 'D', question_mark = 'Q';
+
+std::string host_name() {
+  char name[256] = {};
+  gethostname(name, sizeof(name) - 1);
+  return name;
+}
+
+int smallest_node(const std::vector<std::vector<int>>& ranks) {
+  size_t smallest = ranks.front().size();
+  for (const std::vector<int>& node : ranks) smallest = std::min(smallest, node.size());
+  return static_cast<int>(smallest);
+}
+
+}  // namespace
+
+Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& exchange,
+                 const OpenNetwork& open_network, Deadline deadline)
+    : group_(group),
+      node_(node.node()),
+      ranks_(node.nodes()),
+      rails_(smallest_node(ranks_)),
+      engine_(std::make_shared<Engine>()),
+      departure_told_(static_cast<size_t>(group.size())) {
+  Network network;
+  std::string failure;
+  try {
+    if (!open_network) {
+      throw Error(ErrorCode::resource,
+                  "the ranks are on " + std::to_string(nodes()) +
+                      " hosts, and between hosts ringreduce needs MPI: start them with mpirun");
+    }
+    network = open_network();
+  } catch (const std::exception& error) {
+    failure = "rank " + std::to_string(rank) + ": " + error.what();
+  }
+  for (const std::string& text : exchange(failure)) {
+    if (!text.empty()) throw Error(ErrorCode::resource, text);
+  }
+  // A tag that no rank has used: more than all the numbers that its members know.
+  int communicator = 0;
+  for (const std::string& each : exchange(std::to_string(next_communicator.load()))) {
+    communicator = std::max(communicator, std::stoi(each));
+  }
+  next_communicator.store(communicator + 1);
+  const int first_tag = communicator * tags_per_communicator;
+  if (first_tag + tags_per_communicator > Mpi::max_tag) {
+    throw Error(ErrorCode::resource, "this process has been a member of " +
+                                         std::to_string(communicator) +
+                                         " communicators across hosts, and MPI's tags are used up");
+  }
+  const std::vector<int> numbers = learn_numbers(exchange, network);
+  std::vector<int> leader_numbers, rail_numbers;
+  for (const std::vector<int>& members : ranks_) {
+    leader_numbers.push_back(numbers[static_cast<size_t>(members[0])]);
+    const size_t place = carries() ? static_cast<size_t>(group.rank()) : 0;
+    rail_numbers.push_back(numbers[static_cast<size_t>(members[place])]);
+  }
+  agreement_ =
+      std::make_unique<Agreement>(network.mpi, leader_numbers, node_, first_tag + agreement_tags);
+  leaders_ = std::make_unique<NetWire>(network.mpi, leader_numbers, first_tag + leaders_tags);
+  rail_ = std::make_unique<NetWire>(network.mpi, rail_numbers, first_tag + rail_tags);
+  all_ranks_ = std::make_unique<NetWire>(network.mpi, numbers, first_tag + all_ranks_tags);
+  Lifeline::Events events{[this](const std::string& message) { heard(message); },
+                          [this](int other) { lost(other); }, [this] { look_around(); }};
+  lifeline_ =
+      std::make_unique<Lifeline>(node_, nodes(), leads(), exchange, std::move(events), deadline);
+  group_.set_remote(this);
+  if (leads()) lifeline_->start();
+}
+
+/// MPI's numbers of all ranks; and the names of all hosts.
+std::vector<int> Cluster::learn_numbers(const Exchange& exchange, const Network& network) {
+  const std::vector<std::string> cards = exchange(std::to_string(network.rank) + " " + host_name());
+  std::vector<int> numbers;
+  for (const std::string& card : cards) numbers.push_back(std::stoi(card));
+  for (const std::vector<int>& members : ranks_) {
+    const std::string& card = cards[static_cast<size_t>(members[0])];
+    hosts_.push_back(card.substr(card.find(' ') + 1));
+  }
+  return numbers;
+}
+
+void Cluster::heard(const std::string& message) {
+  std::istringstream words(message.substr(1));
+  if (message[0] == aborted_mark) {
+    AbortRecord record;
+    int code = 0;
+    words >> code >> record.culprit >> record.detector;
+    words.get();
+    std::getline(words, record.reason, '\0');
+    record.code = static_cast<ErrorCode>(code);
+    {
+      std::lock_guard lock(mutex_);
+      abort_told_ = true;  // those who told us tell the others
+    }
+    group_.abort(record);
+  } else if (message[0] == departed_mark) {
+    Departed departed{};
+    words >> departed.number >> departed.last;
+    std::lock_guard lock(mutex_);
+    departed_.push_back(departed);
+    any_departed_.store(true, std::memory_order_release);
+  } else if (message[0] == question_mark) {
+    uint64_t sequence = 0;
+    double after_s = 0;
+    words >> sequence >> after_s;
+    const std::string missing = group_.missing(sequence);
+    if (!missing.empty()) group_.abort(timed_out(group_, after_s, missing));
+  }
+}
+
+void Cluster::lost(int node) {
+  const int leader = ranks_[static_cast<size_t>(node)][0];
+  group_.abort(ErrorCode::peer_failed, leader,
+               "rank " + std::to_string(leader) + " (host " + hosts_[static_cast<size_t>(node)] +
+                   ") is out of reach: its process or its host has ended, or the network is cut");
+  tell_abort();
+}
+
+void Cluster::look_around() {
+  if (!group_.aborted()) {
+    // Deaths only: whoever departed in good order has come to collective 0.
+    if (const std::optional<AbortRecord> record = group_.find_lost(0)) group_.abort(*record);
+  }
+  tell_abort();
+  tell_departures();
+}
+
+void Cluster::tell_abort() {
+  if (!group_.aborted()) return;
+  {
+    std::lock_guard lock(mutex_);
+    if (abort_told_) return;
+    abort_told_ = true;
+  }
+  const AbortRecord record = group_.abort_record();
+  lifeline_->flood(aborted_mark + std::to_string(static_cast<int>(record.code)) + " " +
+                   std::to_string(record.culprit) + " " + std::to_string(record.detector) + " " +
+                   record.reason);
+}
+
+void Cluster::tell_departures() {
+  for (int local = 0; local < group_.size(); ++local) {
+    const RankControl& control = group_.control(local);
+    if (control.departed.load(std::memory_order_acquire) == 0) continue;
+    {
+      std::lock_guard lock(mutex_);
+      if (departure_told_[static_cast<size_t>(local)]) continue;
+      departure_told_[static_cast<size_t>(local)] = true;
+    }
+    lifeline_->flood(departed_mark + std::to_string(group_.number_of(local)) + " " +
+                     std::to_string(last_seen(control)));
+  }
+}
+
+std::optional<AbortRecord> Cluster::find_lost(uint64_t sequence) {
+  if (!any_departed_.load(std::memory_order_acquire)) return std::nullopt;
+  std::lock_guard lock(mutex_);
+  for (const Departed& each : departed_) {
+    // As flags compare: cyclically, modulo 2^31.
+    if (((each.last - Flag::wrapped(sequence)) & 0x7fffffffu) < 0x40000000u) continue;
+    return AbortRecord{ErrorCode::peer_failed, each.number, group_.number_of(group_.rank()),
+                       "rank " + std::to_string(each.number) + " exited while others wait for it"};
+  }
+  return std::nullopt;
+}
+
+void Cluster::ask(uint64_t sequence, double after_s) {
+  lifeline_->flood(question_mark + std::to_string(sequence) + " " + std::to_string(after_s));
+}
+
+void Cluster::close(bool idle) {
+  engine_->stop();
+  if (leads()) {
+    tell_abort();
+    tell_departures();
+  }
+  lifeline_->close();
+  if (!idle || group_.aborted()) return;  // then MPI has the memory until it ends
+  agreement_->close();
+  for (NetWire* wire : {leaders_.get(), rail_.get(), all_ranks_.get()}) wire->close();
+}
+
+}  // namespace ringreduce

@@ -1,0 +1,46 @@
+// The control connection between nodes: TCP along a binary tree of their leaders, open for the life
+// of a communicator and apart from its data. What one node floods, all others hear at once; and the
+// kernel's keepalive finds out within about two seconds that a host is gone or a network is cut,
+// also while no rank is in a call. One thread per leader, asleep but for a look around every 20 ms.
+//
+// Who connects must show a random token that only ranks of this communicator were given; nothing
+// listens once all are connected.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "base/deadline.h"
+#include "base/exchange.h"
+
+namespace ringreduce {
+
+class Lifeline {
+ public:
+  /// Called from the lifeline's thread.
+  struct Events {
+    std::function<void(const std::string& message)> heard;
+    std::function<void(int node)> lost;  // its leader's connection ended without a goodbye
+    std::function<void()> look_around;
+  };
+
+  /// Collective over all ranks of the communicator; `leads`: whether this one is its node's leader.
+  Lifeline(int node, int nodes, bool leads, const Exchange& exchange, Events events,
+           Deadline deadline);
+  ~Lifeline();
+
+  /// Leaders only: events come from now on.
+  void start();
+  /// Leaders only. Sends to all other nodes, in the background. Any thread.
+  void flood(const std::string& message);
+  /// Says goodbye: the end of this connection is no failure. Does not wait. No event comes after it
+  /// has returned, but one may be under way. Idempotent.
+  void close();
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;  // shared with the thread, which may outlive this object briefly
+};
+
+}  // namespace ringreduce

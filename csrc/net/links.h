@@ -1,0 +1,70 @@
+// FIFOs of slots to other processes, through MPI's point-to-point messages: the ground on which the
+// network's Wire and the agreement of the nodes stand. Receives are posted ahead, so that data come
+// in while this rank is busy. A wait gives up the core at once and soon sleeps: the kernel, or a
+// rank on the same core, may have to run for the message to arrive. One thread at a time.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "algorithms/topology.h"
+#include "base/watch.h"
+#include "net/mpi_api.h"
+
+namespace ringreduce {
+
+class Links {
+ public:
+  /// Messages under way per FIFO and direction.
+  static constexpr uint64_t num_slots = 8;
+
+  /// How long a wait gives up the core between two looks, before it sleeps between them.
+  enum class Haste { small_messages, large_messages };
+
+  /// `ranks`: MPI's numbers of the ranks that peers are named by. Uses the tags
+  /// [first_tag, first_tag + num_channels).
+  Links(std::shared_ptr<Mpi> mpi, std::vector<int> ranks, int first_tag, size_t slot_bytes,
+        Haste haste);
+  ~Links();
+
+  /// The slot of the next message to a peer, once it is free; null if the watch stopped the wait.
+  char* outgoing(Peer to, Watch& watch);
+  void send(Peer to, size_t size_bytes);
+
+  /// The next message of a peer, once it is here; null if the watch stopped the wait.
+  const char* incoming(Peer from, Watch& watch, size_t* size_bytes = nullptr);
+  void release(Peer from);
+
+  /// Until all that was sent has left this process: nobody moves it on once the call has returned.
+  bool flush(Watch& watch);
+
+  /// Cancels the receives; nothing can be sent or received afterwards. Does not wait.
+  void close();
+
+  size_t slot_bytes() const { return slot_bytes_; }
+
+ private:
+  struct Link {
+    Peer peer;
+    std::unique_ptr<char[]> memory;
+    Mpi::Request requests[num_slots];
+    uint64_t moved = 0;  // messages since the communicator began
+    bool open = false;   // incoming: its receives are posted
+  };
+
+  Link& find(std::vector<Link>& links, Peer peer);
+  char* slot(const Link& link, uint64_t index) const {
+    return link.memory.get() + index % num_slots * slot_bytes_;
+  }
+  void post(Link& link, uint64_t index);
+  bool wait(Mpi::Request& request, Watch& watch, size_t* size_bytes);
+
+  std::shared_ptr<Mpi> mpi_;
+  std::vector<int> ranks_;
+  int first_tag_;
+  size_t slot_bytes_;
+  int64_t yield_ns_;
+  std::vector<Link> incoming_, outgoing_;
+};
+
+}  // namespace ringreduce

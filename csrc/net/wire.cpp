@@ -1,0 +1,115 @@
+#include "net/wire.h"
+
+#include <cstring>
+
+#include "base/error.h"
+
+namespace ringreduce {
+
+void NetWire::begin(const Message& message, Watch& watch) {
+  message_ = &message;
+  watch_ = &watch;
+  stopped_ = false;
+}
+
+bool NetWire::end() {
+  if (!stopped_ && !links_.flush(*watch_)) stopped_ = true;
+  return !stopped_;
+}
+
+/// Until the next message of every peer in `from` is here, and a slot to every peer in `to` is
+/// free.
+bool NetWire::wait_for(Peers from, size_t from_bytes, Peers to, Slots& slots) {
+  int index = 0;
+  for (const Peer& peer : from) {
+    size_t received = 0;
+    if (stopped_ || !(slots.from[index++] = links_.incoming(peer, *watch_, &received))) {
+      stopped_ = true;
+      return false;
+    }
+    if (received != from_bytes) {
+      throw Error(ErrorCode::resource, "a peer sent " + std::to_string(received) + " bytes where " +
+                                           std::to_string(from_bytes) + " belong");
+    }
+  }
+  index = 0;
+  for (const Peer& peer : to) {
+    if (stopped_ || !(slots.to[index++] = links_.outgoing(peer, *watch_))) stopped_ = true;
+  }
+  return !stopped_;
+}
+
+void NetWire::advance(Peers from, Peers to, size_t to_bytes) {
+  for (const Peer& peer : to) links_.send(peer, to_bytes);
+  for (const Peer& peer : from) links_.release(peer);
+}
+
+void NetWire::send_result(Peers to, Chunk chunk) {
+  Slots slots;
+  if (chunk.empty() || !wait_for({}, 0, to, slots)) return;
+  const Message& message = *message_;
+  for (int peer = 0; peer < to.count; ++peer) {
+    message.for_each_run(message.outputs, chunk, [&](const char* data, Chunk part) {
+      std::memcpy(slots.to[peer] + (part.offset - chunk.offset) * message.item_bytes, data,
+                  part.length * message.item_bytes);
+    });
+  }
+  advance({}, to, chunk.length * message.item_bytes);
+}
+
+void NetWire::recv_reduce_send(Peers from, Peers to, Chunk chunk) {
+  const Message& message = *message_;
+  const size_t partial_bytes = partial_size_of(message.reduction.dtype);
+  const size_t chunk_bytes = chunk.length * partial_bytes;
+  Slots slots;
+  if (chunk.empty() || !wait_for(from, chunk_bytes, to, slots)) return;
+  message.for_each_run(message.inputs, chunk, [&](const char* input, Chunk part) {
+    const size_t offset_bytes = (part.offset - chunk.offset) * partial_bytes;
+    Source sources[3];
+    Target targets[2];
+    size_t num_sources = 0, num_targets = 0;
+    for (int peer = 0; peer < from.count; ++peer) {
+      sources[num_sources++] = {slots.from[peer] + offset_bytes, Format::partial};
+    }
+    sources[num_sources++] = {input, message.input_format};
+    for (int peer = 0; peer < to.count; ++peer) {
+      targets[num_targets++] = {slots.to[peer] + offset_bytes, Format::partial};
+    }
+    reduce(message.reduction, {targets, num_targets}, {sources, num_sources}, part.length);
+  });
+  advance(from, to, chunk_bytes);
+}
+
+void NetWire::recv_reduce_copy_send(Peers from, Peers to, Chunk chunk) {
+  const Message& message = *message_;
+  const size_t partial_bytes = partial_size_of(message.reduction.dtype);
+  Slots slots;
+  if (chunk.empty() || !wait_for(from, chunk.length * partial_bytes, to, slots)) return;
+  message.for_each_pair(chunk, [&](const char* input, char* output, Chunk part) {
+    const size_t offset = part.offset - chunk.offset;
+    Source sources[3];
+    Target targets[3] = {{output, Format::storage}, {}, {}};
+    size_t num_sources = 0, num_targets = 1;
+    for (int peer = 0; peer < from.count; ++peer) {
+      sources[num_sources++] = {slots.from[peer] + offset * partial_bytes, Format::partial};
+    }
+    sources[num_sources++] = {input, message.input_format};
+    for (int peer = 0; peer < to.count; ++peer) {
+      targets[num_targets++] = {slots.to[peer] + offset * message.item_bytes, Format::storage};
+    }
+    reduce(message.reduction, {targets, num_targets}, {sources, num_sources}, part.length);
+  });
+  advance(from, to, chunk.length * message.item_bytes);
+}
+
+void NetWire::recv_copy_send(Peers from, Peers to, Chunk chunk) {
+  const size_t chunk_bytes = chunk.length * message_->item_bytes;
+  Slots slots;
+  if (chunk.empty() || !wait_for(from, chunk_bytes, to, slots)) return;
+  message_->copy_out(chunk, slots.from[0]);
+  for (int peer = 0; peer < to.count; ++peer)
+    std::memcpy(slots.to[peer], slots.from[0], chunk_bytes);
+  advance(from, to, chunk_bytes);
+}
+
+}  // namespace ringreduce
