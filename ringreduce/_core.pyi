@@ -48,6 +48,10 @@ class MpiLibrary:
         undefined: int,
     ) -> None: ...
 
+class Packer:
+    def __init__(self, targets: list[Any]) -> None: ...
+    def pack(self, sources: list[Any]) -> list[int]: ...
+
 class Communicator:
     rank: int
     size: int

@@ -11,7 +11,6 @@ from collections.abc import Collection
 import torch
 
 from ringreduce.communicator import Communicator
-from ringreduce.work import Work
 
 WEIGHT = struct.Struct("<d")
 
@@ -36,10 +35,10 @@ class Ballot:
         self.failed: list[int] = []
         self.weights: list[float] = []
 
-    def send(
+    def hold(
         self, unused: Collection[int], dirty: Collection[int], weight: float | None, failed: bool
-    ) -> Work:
-        """Collective. When the work has ended, read() it."""
+    ) -> None:
+        """Collective. Says it all, and reads what the others say."""
         self._bits.zero_()
         self._used.fill_(1)
         self._used[list(unused)] = 0
@@ -47,9 +46,7 @@ class Ballot:
         self._failed[self._comm.rank] = failed
         if weight is not None:
             write_weight(self._weights, self._comm.rank, weight)
-        return self._comm.allreduce_(self._bits, "max", async_op=True)
-
-    def read(self) -> None:
+        self._comm.allreduce_(self._bits, "max")
         self.used = self._used.tolist()
         self.dirty = self._dirty.nonzero().flatten().tolist()
         self.failed = self._failed.nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""Reduces gradients while backward goes on: hooks pack them into buckets, its end publishes them.
+"""Reduces gradients while backward goes on: hooks count, complete buckets leave, its end publishes.
 
 A bucket lies in symmetric memory and is reduced in place. While it is, it is nobody's `.grad`: that
 becomes a view of the bucket, or of what a codec makes of it, only when backward ends. Knows nothing
@@ -11,65 +11,29 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ringreduce import profiling
 from ringreduce.ballot import WEIGHT, Ballot, read_weights, write_weight
-from ringreduce.buckets import Bucket, Place
-from ringreduce.codecs import Codec, Pending
+from ringreduce.buckets import Bucket
+from ringreduce.codecs import Codec
 from ringreduce.communicator import Communicator
 from ringreduce.costs import Totals, record_backward
 from ringreduce.errors import RingReduceError
 from ringreduce.join import RollCall
-
-
-class _Slot:
-    """One parameter and its place in a bucket."""
-
-    __slots__ = ("index", "name", "parameter", "view", "result", "address", "published")
-
-    def __init__(
-        self, index: int, place: Place, parameter: nn.Parameter, wire: Tensor, flat: Tensor
-    ) -> None:
-        self.index = index
-        self.name = place.name
-        self.parameter = parameter
-        self.view = place.view(wire)  # to be packed
-        self.result = place.view(flat)  # ours alone: user code may make its own point elsewhere
-        self.address = self.result.data_ptr()
-        self.published = self.result.detach()  # what becomes .grad
-
-    def publish(self) -> None:
-        if self.published.data_ptr() != self.address:  # after `p.grad.data = ...`
-            self.published = self.result.detach()
-        self.parameter.grad = self.published
-
-
-class _Run:
-    """A bucket at work."""
-
-    __slots__ = ("index", "wire", "flat", "slots", "missing", "ready_ns", "work")
-
-    def __init__(self, index: int, wire: Tensor, flat: Tensor, slots: list[_Slot]) -> None:
-        self.index = index
-        self.wire = wire  # what travels; symmetric memory
-        self.flat = flat  # the same tensor, unless a codec has another dtype on the wire
-        self.slots = slots
-        self.missing: set[int] = set()  # slots that are not packed yet; the same object for life
-        self.ready_ns = 0  # when its last gradient was there
-        self.work: Pending | None = None  # of this backward, once it is launched
+from ringreduce.runs import Run, Slot, points_to
 
 
 class GradientReducer:
     """Keeps the gradients of a model equal on all ranks. One for each layout of its buckets.
 
     A backward is *armed* when it is to be reduced: by a hook on what forward returned, or, where
-    that had no tensors to hook, by the first gradient. Each parameter's hook packs its gradient; a
-    bucket that is complete is reduced in the background, strictly in order. When backward ends,
-    what is missing is filled in, one last message says who used which parameter, and `.grad`
+    that had no tensors to hook, by the first gradient. Each parameter's hook counts; a bucket that
+    is complete is reduced in the background, strictly in order. When backward ends, what is
+    missing is filled in, one last message says who used which parameter, and `.grad`
     becomes the view.
 
     weight: this rank's; None: all count the same. Read when a backward is armed, and None on all
@@ -106,7 +70,7 @@ class GradientReducer:
         self._idempotent = op == "avg" and codec.lossless
         self._before_publishing = before_publishing
         self._totals = totals
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._runs = [self._allocate(i, bucket, parameters) for i, bucket in enumerate(plan)]
         self._ballot = Ballot(comm, len(self._slots), len(plan))
         reduced = set() if previous is None else previous._reduced_parameters()
@@ -126,9 +90,8 @@ class GradientReducer:
         self._local_task = -1  # the backward that is not to be reduced
         self._lock = threading.Lock()
         self._closed = False
-        packed = profiling.spanned("ringreduce::pack")
         self._handles = [
-            slot.parameter.register_post_accumulate_grad_hook(packed(self._packer(slot, run)))
+            slot.parameter.register_post_accumulate_grad_hook(self._counter(slot, run))
             for run in self._runs
             for slot in run.slots
         ]
@@ -137,14 +100,11 @@ class GradientReducer:
                 slot.parameter.register_hook(self._guard(slot)) for slot in self._slots
             ]
 
-    def _allocate(self, index: int, bucket: Bucket, parameters: dict[str, nn.Parameter]) -> _Run:
-        dtype = self._codec.wire_dtype(bucket.dtype)
-        wire = self.comm.empty(bucket.length, dtype, bucket.device).zero_()
-        flat = wire if dtype == bucket.dtype else torch.zeros_like(wire, dtype=bucket.dtype)
-        first = len(self._slots)
-        for i, place in enumerate(bucket.places, first):
-            self._slots.append(_Slot(i, place, parameters[place.name], wire, flat))
-        return _Run(index, wire, flat, self._slots[first:])
+    def _allocate(self, index: int, bucket: Bucket, parameters: dict[str, nn.Parameter]) -> Run:
+        own = [parameters[place.name] for place in bucket.places]
+        run = Run(index, bucket, own, len(self._slots), self.comm, self._codec)
+        self._slots += run.slots
+        return run
 
     def _reduced_parameters(self) -> set[int]:
         """By id."""
@@ -193,7 +153,7 @@ class GradientReducer:
         self._local.update(set(range(len(self._slots))) - self._missing())
         for run in self._runs:
             run.missing.clear()
-        self._launch_ready()
+        self._launch_ready(ended=True)
         self._vote(set(), failed=True)
 
     def shadow(self) -> bool:
@@ -275,7 +235,7 @@ class GradientReducer:
             i
             for i, slot in found
             if (grad := slot.parameter.grad) is not None
-            and _points_to(grad, slot.address)
+            and points_to(grad, slot.address)
             and bool(grad.any())
         ]
 
@@ -284,6 +244,7 @@ class GradientReducer:
         self._begin_ns = time.monotonic_ns()
         for run in self._runs:
             run.missing.update(slot.index for slot in run.slots)
+            run.grads[:] = [None] * len(run.slots)
             run.work = None
         self._next = 0
         self._dirty.clear()
@@ -305,38 +266,27 @@ class GradientReducer:
         write_weight(bits, self.comm.rank, self._weight)
         return sum(read_weights(self.comm.allreduce_(bits, "max")))
 
-    def _packer(self, slot: _Slot, run: _Run) -> Callable[[Tensor], None]:
+    def _counter(self, slot: Slot, run: Run) -> Callable[[Tensor], None]:
         """The hook of a parameter: the hot path, called once for each in every backward."""
-        index, view, missing = slot.index, slot.view, run.missing
-        address = view.data_ptr()  # not of .grad where that has another dtype
+        index, missing, grads = slot.index, run.missing, run.grads
+        discard, place = missing.discard, slot.index - run.slots[0].index
 
-        def pack(parameter: Tensor) -> None:
+        def count(parameter: Tensor) -> None:
             if not self._armed and not self._begin_late():
                 self._local.add(index)
-                return
-            if run.work is not None:
+            elif run.work is not None:
                 self._dirty.add(run.index)
-                return
-            grad = parameter.grad
-            if grad is None:
-                return
-            if self._factor is not None:
-                self._pack(slot, True)
-            elif grad.is_sparse or grad.requires_grad:
-                view.copy_(_plain(grad))
-            elif grad.data_ptr() == address:
-                parameter.grad = grad.clone()  # it was accumulated in place: packed already
-            else:
-                view.copy_(grad)
-            missing.discard(index)
-            if not missing:
-                run.ready_ns = time.monotonic_ns()
-                self._launch_ready()
+            elif (grad := parameter.grad) is not None:
+                grads[place] = grad
+                discard(index)
+                if not missing:
+                    run.ready_ns = time.monotonic_ns()
+                    self._launch_ready()
 
-        pack.reducer = self  # type: ignore[attr-defined]  # for reducers_of
-        return pack
+        count.reducer = self  # type: ignore[attr-defined]  # for reducers_of
+        return count
 
-    def _guard(self, slot: _Slot) -> Callable[[Tensor], None]:
+    def _guard(self, slot: Slot) -> Callable[[Tensor], None]:
         """Before a gradient is accumulated: what is reduced already must not be reduced again."""
         index, parameter = slot.index, slot.parameter
 
@@ -358,20 +308,23 @@ class GradientReducer:
 
         return check
 
-    def _launch_ready(self) -> None:
+    def _launch_ready(self, unused: Collection[int] = (), *, ended: bool = False) -> None:
+        """The last bucket waits for the end: this thread has nothing else to do then, and need not
+        wake another one."""
+        last = len(self._runs) - 1
         with self._lock:
-            while self._next < len(self._runs) and not self._runs[self._next].missing:
-                run = self._runs[self._next]
-                run.work = self._reduce(run)
+            while self._next < last + ended and not self._runs[self._next].missing:
+                self._reduce(self._runs[self._next], unused, self._next < last)
                 self._next += 1
 
     @profiling.spanned("ringreduce::launch")
-    def _reduce(self, run: _Run) -> Pending:
+    def _reduce(self, run: Run, unused: Collection[int], async_op: bool) -> None:
         op = self._op if self._weight is None else "sum"
-        work, size_bytes = self._codec.reduce(self.comm, run.wire, op, run.index)
-        self._totals.bytes += size_bytes
-        self._totals.gradient_bytes += run.flat.nbytes
-        return work
+        with torch.no_grad():
+            self._totals.bytes += run.reduce(
+                self.comm, self._codec, op, unused, self._factor, self._idempotent, async_op
+            )
+            self._totals.gradient_bytes += run.flat.nbytes
 
     # ---- At the end of backward, on the thread that called it.
 
@@ -380,9 +333,9 @@ class GradientReducer:
         try:
             with torch.no_grad():
                 computed_ns = time.monotonic_ns()
-                unused = self._fill_missing()
-                self._launch_ready()
+                unused = self._unused()
                 start_s = time.perf_counter()
+                self._launch_ready(unused, ended=True)
                 self._vote(unused)
                 self._totals.count(self._runs, computed_ns)
                 self._reduce_dirty(unused)
@@ -399,44 +352,26 @@ class GradientReducer:
     def _missing(self) -> set[int]:
         return set().union(*(run.missing for run in self._runs))
 
-    def _fill_missing(self) -> set[int]:
-        """Packs what no hook has packed. Returns the slots that have nothing new from this rank."""
-        missing = self._missing()
+    def _unused(self) -> set[int]:
+        """Ends the count. Returns the slots that have nothing new from this rank."""
         unused = {
-            i for i in missing if i not in self._local or self._slots[i].parameter.grad is None
+            i
+            for i in self._missing()
+            if i not in self._local or self._slots[i].parameter.grad is None
         }
-        for i in missing:
-            self._pack(self._slots[i], i not in unused)
         for run in self._runs:
             if run.missing:
                 run.missing.clear()
                 run.ready_ns = time.monotonic_ns()
         return unused
 
-    def _pack(self, slot: _Slot, used: bool) -> None:
-        """Zeros for what this rank has not used; but an average takes in what is there already.
-
-        A weight of 0 lets nothing pass, NaN neither: it may be of a mean over no data.
-        """
-        grad = slot.parameter.grad
-        if grad is not None and _points_to(grad, slot.address):
-            slot.parameter.grad = grad = grad.clone()
-        if grad is None or self._factor == 0 or not (used or self._idempotent):
-            slot.view.zero_()
-        elif self._factor is None:
-            slot.view.copy_(_plain(grad))
-        else:
-            torch.mul(_plain(grad), self._factor, out=slot.view)
-
     def _vote(self, unused: set[int], failed: bool = False) -> None:
-        """Waits for the buckets, and for what all ranks say of them."""
+        """Waits for what all ranks say of the buckets, and for these."""
         ballot = self._ballot
-        work = ballot.send(unused, self._dirty, self._weight, failed)
+        ballot.hold(unused, self._dirty, self._weight, failed)
         for run in self._runs:
             assert run.work is not None
             run.work.wait()
-        work.wait()
-        ballot.read()
         if ballot.failed and not failed:
             self._local.update(set(range(len(self._slots))) - unused)
             raise RingReduceError(
@@ -447,9 +382,9 @@ class GradientReducer:
     def _reduce_dirty(self, unused: set[int]) -> None:
         """Reduces again, on all ranks, what got more gradients on any of them."""
         for run in (self._runs[i] for i in self._ballot.dirty):
-            for slot in run.slots:
-                self._pack(slot, slot.index not in unused)
-            self._reduce(run).wait()
+            self._reduce(run, unused, False)
+            assert run.work is not None
+            run.work.wait()
 
     def _publish(self) -> None:
         """What no rank has used keeps its `.grad`, None or not."""
@@ -460,10 +395,11 @@ class GradientReducer:
                 run.flat.copy_(run.wire)
             if divisor:
                 run.flat.div_(divisor)
-        for slot, used in zip(self._slots, self._ballot.used, strict=True):
-            if used:
-                slot.publish()
-                self._reduced.add(slot.index)
+        pairs = zip(self._slots, self._ballot.used, strict=True)
+        published = [slot for slot, used in pairs if used]
+        for slot in published:
+            slot.publish()
+        self._reduced.update([slot.index for slot in published])
         self._local.clear()
 
 
@@ -475,13 +411,3 @@ def reducers_of(module: nn.Module) -> set[GradientReducer]:
         for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
         if hasattr(hook, "reducer")
     }
-
-
-def _plain(grad: Tensor) -> Tensor:
-    """Dense, and outside of any graph."""
-    grad = grad.detach()
-    return grad.to_dense() if grad.is_sparse else grad
-
-
-def _points_to(grad: Tensor, address: int) -> bool:
-    return not grad.is_sparse and grad.data_ptr() == address

@@ -278,7 +278,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=parse_list(TASKS), default=list(TASKS), help=f"of {','.join(TASKS)}")
     add("--rounds", type=int, default=15, help="of each model, at most (%(default)s)")
-    add("--seconds", type=float, default=45.0, help="for the whole run, about (%(default)s)")
+    add("--seconds", type=float, default=30.0, help="for the whole run, about (%(default)s)")
     add("--json", metavar="FILE", help="write everything measured")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or not options.models:

@@ -47,7 +47,7 @@ PYTHON_ORDER = (
     *("tensors", "work", "bootstrap", "launch"),
     *("communicator", "ending", "world"),
     *("collectives", "broadcasting", "clocks", "timeline"),
-    *("buckets", "ballot", "codecs", "costs", "join", "gradients"),
+    *("buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
     *("horovod_meeting", "horovod_types", "horovod_ops"),
@@ -60,7 +60,7 @@ UPWARD = {("communicator", "broadcasting")}
 # Who may know torch: its arrays, its store, its models, and the programs.
 TORCH_MODULES = {
     *("profiling", "tensors", "bootstrap", "launch"),
-    *("broadcasting", "buckets", "ballot", "codecs", "costs", "join", "gradients"),
+    *("broadcasting", "buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("bench_peers", "bench", "info", "simulate"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),

@@ -172,6 +172,17 @@ void learn_type(nb::handle type, nb::object exchange_table, nb::object is_lazy,
                            std::move(mark_written)});
 }
 
+bool look_at(nb::handle x, nb::dlpack::dltensor& tensor) {
+  for (const KnownType& known : known_types()) {
+    if (Py_TYPE(x.ptr()) != known.type || known.table == nullptr) continue;
+    if (!known.is_lazy.is_none() && nb::cast<bool>(known.is_lazy(x))) return false;
+    if (known.table->view(x.ptr(), &tensor) == 0) return dtype_of(tensor.dtype).has_value();
+    PyErr_Clear();
+    return false;
+  }
+  return false;
+}
+
 bool allreduce_plain(Communicator& communicator, nb::handle x, Op op) {
   for (const KnownType& known : known_types()) {
     if (Py_TYPE(x.ptr()) != known.type) continue;

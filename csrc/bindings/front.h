@@ -2,6 +2,7 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #include "bindings/signals.h"
 #include "comm/communicator.h"
@@ -13,6 +14,10 @@ namespace ringreduce {
 /// KnownType.
 void learn_type(nanobind::handle type, nanobind::object exchange_table, nanobind::object is_lazy,
                 nanobind::object mark_written);
+
+/// Where x lies, as its type says; borrowed. False: its type is unknown, or its memory is not plain
+/// (lazy, complex, sparse).
+bool look_at(nanobind::handle x, nanobind::dlpack::dltensor& tensor);
 
 /// allreduce in place, blocking. False: x is not plain, and nothing was done.
 bool allreduce_plain(Communicator& communicator, nanobind::handle x, Op op);
