@@ -89,7 +89,21 @@ def _job() -> Section:
         "ranks on this node": world.local_size,
         "cores of this rank": len(os.sched_getaffinity(0)),
     }
-    return {name: str(value) for name, value in (section | world.core.window_info()).items()}
+    section |= world.core.window_info() | {"allreduce": _choices(world)}
+    return {name: str(value) for name, value in section.items()}
+
+
+def _choices(world: rr.Communicator) -> str:
+    """The tuner's table: "one_shot to 16384 bytes, two_shot above"."""
+    kind = _core.KINDS["allreduce"]
+    sizes = [1 << exponent for exponent in range(3, 31)]
+    chosen = [world.core.choice(kind, size) for size in sizes]
+    rows = [
+        f"{chosen[index]} to {sizes[index]} bytes"
+        for index in range(len(sizes) - 1)
+        if chosen[index] != chosen[index + 1]
+    ]
+    return ", ".join([*rows, f"{chosen[-1]}{' above' if rows else ''}"])
 
 
 def _settings() -> Section:

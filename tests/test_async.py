@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import sys
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -417,3 +418,26 @@ def test_close_ends_what_is_under_way(ranks):
         assert comm.allreduce(np.ones(1)).tolist() == [2]
 
     ranks(2, check)
+
+
+@pytest.mark.parametrize("async_op", (False, True))
+def test_who_waits_burns_no_core(async_op):
+    late_s = 0.8
+
+    def check(comm):
+        x = np.ones(1000, np.float32)
+        comm.allreduce_(x)
+        if comm.rank == 0:
+            threading.Event().wait(late_s)  # what the others wait for
+            comm.allreduce_(x)
+            return
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+        work = comm.allreduce_(x, async_op=async_op)
+        if async_op:
+            work.wait()
+        waited_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
+        assert waited_s > late_s / 2
+        # At most all of the first 100 ms, then 5 %.
+        assert cpu_s < 0.1 + 0.05 * waited_s, (cpu_s, waited_s)
+
+    testing.run_forks(3, check)

@@ -1,6 +1,7 @@
 """scripts/cluster.sh: its hosts differ in name and memory, share a network, and leave nothing."""
 
 import subprocess
+import time
 
 import pytest
 from cluster import SCRIPT
@@ -89,3 +90,73 @@ def test_wrong_use_is_told(cluster, arguments):
     )
     assert done.returncode == 1 and "cluster.sh: " in done.stderr
     assert "twrong" not in namespaces()
+
+
+REDUCE = """
+import sys
+import numpy as np
+import ringreduce as rr
+for count in (3, 1000, 700_001):
+    x = np.random.default_rng(rr.rank()).integers(-9, 9, count).astype(np.float32)
+    everyone = rr.allgather(x).reshape(rr.size(), count)
+    assert (rr.allreduce(x) == everyone.sum(axis=0)).all()
+sys.stdout.write(f"{rr.local_rank()} of {rr.local_size()}\\n")
+"""
+UNTIL_CUT = """
+import os, time
+import numpy as np
+import ringreduce as rr
+def note(name, text):
+    path = os.path.join(os.environ["NOTES"], f"{name}{rr.rank()}")
+    with open(path + ".part", "w") as file:
+        file.write(text)
+    os.rename(path + ".part", path)
+x = np.ones(300_000, np.float32)
+rr.allreduce(x)
+note("ready", "")
+try:
+    while True:
+        rr.allreduce(x)
+except rr.PeerFailed as error:
+    note("error", f"{time.monotonic()} {error}")
+    raise
+"""
+
+
+def test_collectives_across_hosts(cluster):
+    hosts = cluster(2)
+    done = run_to_end(hosts.command("-c", REDUCE, layout="2,1"), hosts.environment, 40)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 of 1", "0 of 2", "1 of 2"]
+
+
+def test_a_cut_network_is_named_on_both_sides_within_three_seconds(cluster, tmp_path):
+    hosts = cluster(3)
+    job = subprocess.Popen(
+        hosts.command("-c", UNTIL_CUT, layout="2,2,1", mpirun="--runtime-options recoverable"),
+        env=hosts.environment | {"NOTES": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("ready?"))) == 5)
+        cut_s = time.monotonic()
+        hosts.cut(2)
+        wait_for(lambda: len(list(tmp_path.glob("error?"))) == 5)
+    finally:
+        job.terminate()
+        job.wait(20)
+    for rank in range(5):
+        at_s, text = (tmp_path / f"error{rank}").read_text().split(" ", 1)
+        assert float(at_s) - cut_s < 3, text
+        if rank in (2, 3):  # on the host that is cut off: to it, the others are
+            assert "(host host1) is out of reach" in text or "(host host3) is out" in text, text
+        else:
+            assert "rank 2 (host host2) is out of reach" in text, text
+
+
+def wait_for(condition):
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)

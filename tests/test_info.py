@@ -37,6 +37,7 @@ def test_under_mpirun(mpirun, mpi_name):
     sections = json.loads(done.stdout)  # one rank's, or this fails
     assert list(sections) == SECTIONS
     assert sections["job"]["ranks"] == sections["job"]["ranks on this node"] == "3"
+    assert sections["job"]["allreduce"].endswith("two_shot above")
     assert mpi_name in sections["MPI"]["library"]
     assert mpi_name in sections["MPI"]["launched by"]
     assert os.path.exists(sections["MPI"]["library file"])

@@ -21,12 +21,13 @@ def test_the_list_of_variables_is_frozen():
         ("RINGREDUCE_WARN_AFTER", "warn_after", "30"),
         ("RINGREDUCE_ALGORITHM", "algorithm", "auto"),
         ("RINGREDUCE_LOG", None, "warning"),
+        ("RINGREDUCE_HOST", None, ""),
     ]
 
 
 def test_defaults():
     assert read({}) == Settings(
-        timeout_s=1800.0, warn_after_s=30.0, algorithm="auto", log="warning"
+        timeout_s=1800.0, warn_after_s=30.0, algorithm="auto", log="warning", host=""
     )
 
 
@@ -36,7 +37,7 @@ def test_an_argument_wins_over_its_variable():
     assert read(environment).algorithm == "ring"
     assert read(environment, timeout=7).timeout_s == 7.0
     assert read(environment, algorithm="tree", timeout=None) == Settings(
-        5.0, 30.0, "tree", "warning"
+        5.0, 30.0, "tree", "warning", ""
     )
 
 

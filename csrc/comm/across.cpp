@@ -84,8 +84,11 @@ class Across {
       throw_failure();
     }
     if (shared.nodes_differ.load(std::memory_order_relaxed) != 0) return false;
-    if (count > 0)
-      message_.copy_out({0, count}, core_.window.share(0, count * message_.item_bytes));
+    if (count > 0) {
+      const size_t bytes = count * message_.item_bytes;
+      message_.copy_out({0, count}, core_.window.share(0, bytes));
+      core_.window.end_share(bytes);
+    }
     return true;
   }
 

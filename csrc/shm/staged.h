@@ -1,12 +1,13 @@
 // Tensors in private memory, staged through the window in rounds: the phases of two_shot.h's
 // staged_rounds, for reduce_scatter, allgather, and both.
 //
-// Every round has a slot in the staging ring of each rank: an area per block for contributions, and
-// one for the result. Who may write it, without waiting for anybody: with `lead` rounds between two
-// phases, a rank that prepares round r has combined round r - 1 - lead, so all ranks had prepared
-// that one, and so had left round r - 2 - 3 lead behind in every phase. A ring of 3 lead + 2 slots
-// is therefore safe with two counters per rank, prepared and combined, also from one collective to
-// the next.
+// Every round has a slot in the staging ring of each rank: an area per block, for this rank's
+// contribution to it, and in the area of its own block the result, in place of what it contributed.
+// Who may write it, without waiting for anybody: with `lead` rounds between two phases, a rank that
+// prepares round r has combined round r - 1 - lead, so all ranks had prepared that one, and so had
+// left round r - 2 - 3 lead behind in every phase. At most 3 lead + 1 slots before it are in use,
+// also from one collective to the next, and the ring keeps these apart (staging_ring.h). Two
+// counters per rank are enough: prepared and combined.
 #pragma once
 
 #include "shm/window.h"
@@ -19,7 +20,7 @@ class Staged {
   Staged(Window& window, Phases phases, const Blocks& blocks);
 
   size_t rounds() const { return rounds_; }
-  size_t lead() const { return window_.lead_; }
+  static constexpr size_t lead() { return staged_lead; }
 
   /// Round 0 may be prepared before the ranks meet, since that touches nothing but this rank's
   /// staging. Then their arrival says that it is done, if `all_did` so.
@@ -37,14 +38,21 @@ class Staged {
   void combine(size_t round);
   void collect(size_t round);
   /// After the last round.
-  void finish() { window_.next_round_ += rounds_; }
+  void finish() {
+    window_.next_round_ += rounds_;
+    window_.ring_.advance(slot_bytes_, rounds_);
+  }
 
  private:
   bool gathers() const { return phases_ != Phases::reduce_scatter; }
   bool reduces() const { return phases_ != Phases::allgather; }
   Chunk part(int block, size_t round) const { return blocks_[block].piece(round, chunk_); }
-  uint64_t slot(size_t round) const { return window_.next_round_ + round; }
+  /// What is published of a round is counted over the life of the communicator.
+  uint64_t number(size_t round) const { return window_.next_round_ + round; }
+  char* contribution(int rank, size_t round, int block) const;
+  char* result(int rank, size_t round) const { return contribution(rank, round, rank); }
   Meeting& meeting(size_t round) const;
+  void copy_in(Chunk chunk, char* to);
   void copy_round(size_t round);
   bool wait_prepared(size_t round);
   void combine_owned(size_t round);
@@ -54,7 +62,7 @@ class Staged {
   Window& window_;
   Phases phases_;
   Blocks blocks_;
-  size_t chunk_, rounds_;
+  size_t rounds_ = 0, chunk_ = 0, slot_bytes_ = 0;
   bool early_ = false, first_round_met_ = false, first_round_combined_ = false;
 };
 

@@ -15,17 +15,24 @@
 #include "base/header.h"
 #include "reduce/message.h"
 #include "shm/group.h"
+#include "shm/shared_store.h"
+#include "shm/staging_ring.h"
 
 namespace ringreduce {
 
+/// By how many staged rounds each phase runs ahead of the next one. Two were no faster, and need a
+/// larger ring.
+inline constexpr size_t staged_lead = 1;
+
 class Window {
  public:
-  /// `staging` is a segment of at least staging_bytes(group.size()).
+  /// `staging` is a segment of at least staging_bytes().
   Window(Group& group, Segment staging);
   static size_t staging_bytes();
 
   /// What one_shot can take: bytes of input per rank.
   static constexpr size_t largest_share_bytes = size_t{64} << 10;
+  /// What a rank contributes to one block in one staged round, at most.
   size_t chunk_bytes() const { return chunk_bytes_; }
 
   /// Starts a collective: `header` is what this rank says of it. All three outlive the collective.
@@ -52,6 +59,8 @@ class Window {
   // result in place of its own input.
   void reduce_shares(const Reduction& reduction, size_t count, const Target& target);
   char* share(int rank, size_t bytes) const;
+  /// When this rank has what it wants of the others' shares.
+  void end_share(size_t bytes);
 
   // two_shot over symmetric tensors: where every rank's input and output lie in this process's
   // memory
@@ -73,13 +82,12 @@ class Window {
   void reduce_slice(Chunk slice);
   Meeting& staged_round(uint64_t round) const;
   Arrival& arrival_of(int rank) const;
-  char* contribution(int rank, uint64_t round, int block) const;
-  char* result(int rank, uint64_t round) const { return contribution(rank, round, group_.size()); }
 
   Group& group_;
   Segment staging_;
   size_t chunk_bytes_;
-  uint64_t lead_, depth_;    // of the staging ring (staged.h)
+  StagingRing ring_;         // equal on all ranks
+  SharedStore store_;        // this rank's own
   uint64_t next_round_ = 0;  // staged rounds over the communicator's life; equal on all ranks
 
   const Header* header_ = nullptr;
