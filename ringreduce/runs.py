@@ -73,7 +73,9 @@ class Slot:
 class Run:
     """A bucket at work."""
 
-    __slots__ = ("index", "wire", "flat", "slots", "missing", "grads", "ready_ns", "work", "_packer")
+    __slots__ = (
+        *("index", "wire", "flat", "slots", "missing", "grads", "ready_ns", "work", "_packer"),
+    )
 
     def __init__(
         self,

@@ -78,9 +78,10 @@ Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& excha
   }
   agreement_ =
       std::make_unique<Agreement>(network.mpi, leader_numbers, node_, first_tag + agreement_tags);
-  leaders_ = std::make_unique<NetWire>(network.mpi, leader_numbers, first_tag + leaders_tags);
-  rail_ = std::make_unique<NetWire>(network.mpi, rail_numbers, first_tag + rail_tags);
-  all_ranks_ = std::make_unique<NetWire>(network.mpi, numbers, first_tag + all_ranks_tags);
+  leaders_ =
+      std::make_unique<NetWire>(network.mpi, leader_numbers, node_, first_tag + leaders_tags);
+  rail_ = std::make_unique<NetWire>(network.mpi, rail_numbers, node_, first_tag + rail_tags);
+  all_ranks_ = std::make_unique<NetWire>(network.mpi, numbers, rank, first_tag + all_ranks_tags);
   Lifeline::Events events{[this](const std::string& message) { heard(message); },
                           [this](int other) { lost(other); }, [this] { look_around(); }};
   lifeline_ =

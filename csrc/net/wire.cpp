@@ -112,4 +112,50 @@ void NetWire::recv_copy_send(Peers from, Peers to, Chunk chunk) {
   advance(from, to, chunk_bytes);
 }
 
+void NetWire::recv_reduce_keep(Peers from, Chunk chunk) {
+  const Message& message = *message_;
+  const size_t partial_bytes = partial_size_of(message.reduction.dtype);
+  Slots slots;
+  if (chunk.empty() || !wait_for(from, chunk.length * partial_bytes, {}, slots)) return;
+  kept_.resize(chunk.length * partial_bytes);
+  message.for_each_run(message.inputs, chunk, [&](const char* input, Chunk part) {
+    const size_t offset_bytes = (part.offset - chunk.offset) * partial_bytes;
+    Source sources[3];
+    size_t num_sources = 0;
+    for (int peer = 0; peer < from.count; ++peer) {
+      sources[num_sources++] = {slots.from[peer] + offset_bytes, Format::partial};
+    }
+    sources[num_sources++] = {input, message.input_format};
+    const Target target{&kept_[offset_bytes], Format::partial};
+    reduce(message.reduction, {&target, 1}, {sources, num_sources}, part.length);
+  });
+  advance(from, {}, 0);
+}
+
+/// Both sides add in order of rank.
+void NetWire::exchange(Peer with, Chunk chunk, bool last) {
+  const Message& message = *message_;
+  const size_t partial_bytes = partial_size_of(message.reduction.dtype);
+  const size_t chunk_bytes = chunk.length * partial_bytes;
+  Slots slots;
+  if (chunk.empty() || !wait_for({}, 0, with, slots)) return;
+  std::memcpy(slots.to[0], kept_.data(), chunk_bytes);
+  advance({}, with, chunk_bytes);
+  if (!wait_for(with, chunk_bytes, {}, slots)) return;
+  const auto add = [&](size_t offset, size_t length, Target target) {
+    Source sources[] = {{&kept_[offset * partial_bytes], Format::partial},
+                        {slots.from[0] + offset * partial_bytes, Format::partial}};
+    if (with.rank < rank_) std::swap(sources[0], sources[1]);
+    reduce(message.reduction, {&target, 1}, sources, length);
+  };
+  if (last) {
+    message.for_each_run(message.outputs, chunk, [&](char* output, Chunk part) {
+      add(part.offset - chunk.offset, part.length, {output, Format::storage});
+    });
+  } else {
+    add(0, chunk.length, {kept_.data(), Format::partial});
+  }
+  advance(with, {}, 0);
+}
+
 }  // namespace ringreduce

@@ -1,5 +1,5 @@
-// The Wire between nodes: ring.h and tree.h run on it as they are. One communicator has several,
-// each over other ranks: one per node that drive the network together, or all of them.
+// The Wire between nodes: ring.h, tree.h and doubling.h run on it as they are. One communicator has
+// several, each over other ranks: one per node that drive the network together, or all of them.
 #pragma once
 
 #include "base/chunk.h"
@@ -19,10 +19,12 @@ class NetWire {
   static constexpr size_t lanes = 4;
   static_assert(lanes + 1 <= Links::num_slots);
 
-  /// `ranks`: MPI's numbers of the members, by the position that the algorithms name them by.
-  NetWire(std::shared_ptr<Mpi> mpi, std::vector<int> ranks, int first_tag)
+  /// `ranks`: MPI's numbers of the members, by the position that the algorithms name them by; this
+  /// rank's is `rank`.
+  NetWire(std::shared_ptr<Mpi> mpi, std::vector<int> ranks, int rank, int first_tag)
       : links_(std::move(mpi), std::move(ranks), first_tag, slot_bytes,
-               Links::Haste::large_messages) {}
+               Links::Haste::large_messages),
+        rank_(rank) {}
 
   /// Starts a collective; both outlive it.
   void begin(const Message& message, Watch& watch);
@@ -37,6 +39,8 @@ class NetWire {
   void recv_reduce_send(Peers from, Peers to, Chunk chunk);
   void recv_reduce_copy_send(Peers from, Peers to, Chunk chunk);
   void recv_copy_send(Peers from, Peers to, Chunk chunk);
+  void recv_reduce_keep(Peers from, Chunk chunk);
+  void exchange(Peer with, Chunk chunk, bool last);
 
   void close() { links_.close(); }
 
@@ -50,8 +54,10 @@ class NetWire {
   void advance(Peers from, Peers to, size_t to_bytes);
 
   Links links_;
+  int rank_;
   const Message* message_ = nullptr;
   Watch* watch_ = nullptr;
+  std::vector<char> kept_;  // a running sum, partial
   bool stopped_ = false;
 };
 
