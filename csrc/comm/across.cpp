@@ -226,10 +226,13 @@ class AcrossNodes {
   }
 
   /// Of a network that nobody has measured: one of 10 Gbit/s with TCP, shared by a node's rails.
+  /// Where all lanes of a ring are busy, they hide most of each other's latency.
   AcrossChoice choose_for_rail(size_t count) const {
-    const Link link{20e-6, 0.8e-9 * cluster_.rails()};
-    return choose_across(count, cluster_.nodes(), link, call_.dtype,
-                         NetWire::slot_bytes / partial_bytes_);
+    const size_t chunk = NetWire::slot_bytes / partial_bytes_;
+    const auto nodes = static_cast<size_t>(cluster_.nodes());
+    const double hidden = count / nodes >= NetWire::lanes * chunk ? NetWire::lanes : 1;
+    const Link link{20e-6 / hidden, 0.8e-9 * cluster_.rails()};
+    return choose_across(count, cluster_.nodes(), link, call_.dtype, chunk);
   }
 
   /// A segment's shard is large enough to keep the rail's ring busy: so many chunks per node.
