@@ -371,8 +371,7 @@ class AcrossNodes {
   /// Until what runs in the background has ended, well or not.
   void await(Work& work) {
     if (work.wait(Deadline::never(), interrupted_) == Work::Outcome::finished) return;
-    core_.group.abort(ErrorCode::interrupted, core_.rank,
-                      "rank " + std::to_string(core_.rank) + " was interrupted while it waited");
+    core_.group.abort_interrupted();
     work.wait(Deadline::never(), {});
   }
 

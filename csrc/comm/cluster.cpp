@@ -1,7 +1,5 @@
 #include "comm/cluster.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <sstream>
 
@@ -19,12 +17,6 @@ constexpr int agreement_tags = 0, leaders_tags = 1, rail_tags = leaders_tags + n
 std::atomic<int> next_communicator{0};
 
 constexpr char aborted_mark = 'A', departed_mark = 'D', question_mark = 'Q';
-
-std::string host_name() {
-  char name[256] = {};
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
 
 int smallest_node(const std::vector<std::vector<int>>& ranks) {
   size_t smallest = ranks.front().size();
@@ -179,8 +171,7 @@ std::optional<AbortRecord> Cluster::find_lost(uint64_t sequence) {
   if (!any_departed_.load(std::memory_order_acquire)) return std::nullopt;
   std::lock_guard lock(mutex_);
   for (const Departed& each : departed_) {
-    // As flags compare: cyclically, modulo 2^31.
-    if (((each.last - Flag::wrapped(sequence)) & 0x7fffffffu) < 0x40000000u) continue;
+    if (Flag::reaches(each.last, sequence)) continue;
     return AbortRecord{ErrorCode::peer_failed, each.number, group_.number_of(group_.rank()),
                        "rank " + std::to_string(each.number) + " exited while others wait for it"};
   }

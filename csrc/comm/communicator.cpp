@@ -102,11 +102,6 @@ void Communicator::mark_reported() {
 
 bool Communicator::all_reported() const { return !core_->cluster && core_->group.all_reported(); }
 
-void Communicator::give_up() {
-  core_->group.abort(ErrorCode::interrupted, core_->rank,
-                     "rank " + std::to_string(core_->rank) + " was interrupted while it waited");
-}
-
 void Communicator::close() {
   if (closed_.exchange(true)) return;
   if (fork_generation_ != fork_generation.load()) return;  // the parent's business
@@ -133,7 +128,7 @@ bool Communicator::wait(Work& work, Deadline deadline, const Interrupted& interr
   const Work::Outcome outcome = work.wait(deadline, interrupted);
   if (outcome == Work::Outcome::timed_out) return false;
   if (outcome == Work::Outcome::interrupted) {
-    give_up();
+    core_->group.abort_interrupted();
     work.wait(Deadline::never(), {});
   }
   if (work.failed()) told_ = true;

@@ -89,7 +89,6 @@ class Communicator {
 
  private:
   void check_usable();
-  void give_up();
   template <class Operation>
   void run_in_order(const Operation& operation, const Interrupted& interrupted);
 

@@ -35,6 +35,11 @@ class Flag {
  public:
   static uint32_t wrapped(uint64_t value) { return static_cast<uint32_t>(value) & 0x7fffffffu; }
 
+  /// Whether a wrapped value is `value` or past it.
+  static bool reaches(uint32_t wrapped_value, uint64_t value) {
+    return ((wrapped_value - wrapped(value)) & 0x7fffffffu) < 0x40000000u;
+  }
+
   /// Called by the flag's one writer, or by one at a time.
   void publish(uint64_t value) {
     const uint32_t before = word_.exchange(wrapped(value) << 1, std::memory_order_acq_rel);
@@ -60,9 +65,7 @@ class Flag {
   }
 
  private:
-  static bool reached_in(uint32_t word, uint64_t value) {
-    return (((word >> 1) - wrapped(value)) & 0x7fffffffu) < 0x40000000u;
-  }
+  static bool reached_in(uint32_t word, uint64_t value) { return reaches(word >> 1, value); }
 
   std::atomic<uint32_t> word_{0};
 };

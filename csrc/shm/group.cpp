@@ -29,12 +29,6 @@ char process_state(int pid) {
   return end != std::string::npos && end + 2 < text.size() ? text[end + 2] : '\0';
 }
 
-std::string host_name() {
-  char name[256] = {};
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
-
 uint64_t random_nonce() {
   uint64_t nonce = 0;
   if (getrandom(&nonce, sizeof(nonce), 0) != sizeof(nonce)) nonce = static_cast<uint64_t>(now_ns());
@@ -42,6 +36,12 @@ uint64_t random_nonce() {
 }
 
 }  // namespace
+
+std::string host_name() {
+  char name[256] = {};
+  gethostname(name, sizeof(name) - 1);
+  return name;
+}
 
 Group::Group(Node& node, bool in_process, Deadline deadline)
     : rank_(node.local_rank()),
@@ -85,6 +85,12 @@ GroupControl& Group::shared() const {
 
 void Group::abort(ErrorCode code, int culprit, const std::string& reason) {
   abort({code, culprit, number_of(rank_), reason});
+}
+
+void Group::abort_interrupted() {
+  const int number = number_of(rank_);
+  abort(ErrorCode::interrupted, number,
+        "rank " + std::to_string(number) + " was interrupted while it waited");
 }
 
 void Group::abort(const AbortRecord& record) {
@@ -168,7 +174,7 @@ bool GroupWatch::check_user(int64_t now) {
   if (!interrupted_ || now < next_interrupt_ns_) return false;
   next_interrupt_ns_ = now + interrupt_period_ns;
   if (!interrupted_()) return false;
-  group_.abort(ErrorCode::interrupted, number, me + " was interrupted while it waited");
+  group_.abort_interrupted();
   return true;
 }
 

@@ -34,6 +34,9 @@ class Remote {
   virtual void ask(uint64_t sequence, double after_s) = 0;
 };
 
+/// What this host is called, for messages.
+std::string host_name();
+
 class Group {
  public:
   /// Collective. Maps the control segment and proves by a nonce that the memory is shared.
@@ -64,6 +67,8 @@ class Group {
   /// numbers in the communicator.
   void abort(ErrorCode code, int culprit, const std::string& reason);
   void abort(const AbortRecord& record);
+  /// The same, because this rank's user wants out of a wait.
+  void abort_interrupted();
   bool aborted() const { return shared().abort_word.load(std::memory_order_acquire) != 0; }
   AbortRecord abort_record() const;
 
