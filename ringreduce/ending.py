@@ -27,6 +27,7 @@ from ringreduce.errors import RingReduceError
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 REPORT_S = 0.15  # Open MPI sends SIGTERM 0.25 s after the first rank died
+REPORT_TO_HOSTS_S = 0.5  # whether ranks of other hosts have reported, nobody here knows
 LEAVE_S = 1.0
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orterun", "orted", "hydra_pmi_proxy")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -165,12 +166,13 @@ def _at_exit() -> None:
 
 
 def _report(bootstrap: Bootstrap) -> None:
-    """Tells the other ranks of this node that our message is out, and waits briefly for theirs."""
+    """Tells the other ranks that our message is out, and waits briefly for theirs."""
     _flush()
     cores = [core for core in bootstrap.opened if not core.closed]
     for core in cores:
         core.mark_reported()
-    limit = time.monotonic() + REPORT_S
+    several_hosts = any(core.window_info()["nodes"] > 1 for core in cores)
+    limit = time.monotonic() + (REPORT_TO_HOSTS_S if several_hosts else REPORT_S)
     while not _all_reported(cores) and time.monotonic() < limit:
         time.sleep(1e-3)
 

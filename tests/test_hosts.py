@@ -23,12 +23,13 @@ os.environ["RINGREDUCE_HOST"] = os.environ["HOSTS_OF_RANKS"].split()[rank]
 import ringreduce as rr
 rr.init(timeout=float(os.environ.get("TIMEOUT_S", "30")))
 x = np.ones(300_000, np.float32)
-for _ in range(3):
-    rr.allreduce(x)
-rr.barrier()
 victim = int(os.environ["VICTIM"])
 begin_s = time.monotonic()
 try:
+    for _ in range(3):
+        rr.allreduce(x)
+    rr.barrier()
+    begin_s = time.monotonic()
     if rank == victim:
         fail()
     for _ in range(3):
