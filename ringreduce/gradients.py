@@ -278,6 +278,8 @@ class GradientReducer:
                 self._dirty.add(run.index)
             elif (grad := parameter.grad) is not None:
                 grads[place] = grad
+                if len(parameter._post_accumulate_grad_hooks) > 1:
+                    parameter.grad = grad.clone()  # a user's hook, still to come, may write to it
                 discard(index)
                 if not missing:
                     run.ready_ns = time.monotonic_ns()

@@ -99,7 +99,7 @@ class Run:
             Slot(i, place, parameter, self.wire, self.flat) for i, (place, parameter) in places
         ]
         self.missing: set[int] = set()  # slots without a gradient yet; the same object for life
-        # By slot, as they were accumulated: what a later hook puts into .grad is not reduced.
+        # By slot, as they were accumulated: what a later hook makes of .grad is not reduced.
         self.grads: list[Tensor | None] = [None] * len(self.slots)
         self.ready_ns = 0  # when its last gradient was there
         self.work: Pending | None = None  # of this backward, once it is launched

@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=4, help="of the rows of each rank")
     parser.add_argument("--autocast", choices=("bfloat16", "float16", "none"), default="bfloat16")
     args = parse_arguments(parser)
+    if args.parts < 1:
+        parser.error("--parts must be 1 or more")
     torch.manual_seed(args.seed + rr.rank())
     text, _ = load_text()
     model = rr.DistributedModel(build_network(args))

@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoint.pt"))
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     args = parse_arguments(parser)
+    if args.every < 1:
+        parser.error("--every must be 1 or more")
     text, _ = load_text()
     training = Training(args)
     first = training.step

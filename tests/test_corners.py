@@ -260,9 +260,9 @@ def test_backward_for_some_parameters():
         assert_close(grads, expected)
 
 
-@pytest.mark.parametrize("value", [None, 7.0])
-def test_hooks_after_accumulation(value):
-    """Of the user: they see this rank's gradient. What they put in its place is not the result."""
+@pytest.mark.parametrize(("value", "in_place"), [(None, False), (7.0, False), (7.0, True)])
+def test_hooks_after_accumulation(value, in_place):
+    """Of the user: they see this rank's gradient. What they make of it is not the result."""
     model = build(lambda: mlp(3, 2))
     expected = mean(2, model, plain_loss)
 
@@ -271,7 +271,10 @@ def test_hooks_after_accumulation(value):
 
         def replace(parameter):
             seen.append(parameter.grad.clone())
-            parameter.grad = None if value is None else torch.full_like(parameter, value)
+            if in_place:
+                parameter.grad.fill_(value)
+            else:
+                parameter.grad = None if value is None else torch.full_like(parameter, value)
 
         weight = wrapped.module[0].weight
         weight.register_post_accumulate_grad_hook(replace)

@@ -52,12 +52,13 @@ def test_what_is_not_plain_memory_is_left_out() -> None:
     x = torch.zeros(4)
     negative = torch.complex(ramp(4), ramp(4)).conj().imag
     assert negative.is_neg()
-    sources = [None, ramp(4).to_sparse(), ramp(4).double(), x, negative, "text", ramp(4)]
+    lazy = negative, torch._efficientzerotensor((4,), dtype=torch.float32)
+    sources = [None, ramp(4).to_sparse(), ramp(4).double(), x, *lazy, "text", ramp(4)]
     targets = [x.clone() for _ in sources]
     targets[3] = x
-    assert _core.Packer(targets).pack(sources) == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(targets[6], ramp(4))
-    assert not any(target.any() for target in targets[:6])
+    assert _core.Packer(targets).pack(sources) == [0, 1, 2, 3, 4, 5, 6]
+    assert torch.equal(targets[7], ramp(4))
+    assert not any(target.any() for target in targets[:7])
 
 
 @pytest.mark.parametrize("keeps", [True, False])

@@ -176,7 +176,10 @@ bool look_at(nb::handle x, nb::dlpack::dltensor& tensor) {
   for (const KnownType& known : known_types()) {
     if (Py_TYPE(x.ptr()) != known.type || known.table == nullptr) continue;
     if (!known.is_lazy.is_none() && nb::cast<bool>(known.is_lazy(x))) return false;
-    if (known.table->view(x.ptr(), &tensor) == 0) return dtype_of(tensor.dtype).has_value();
+    if (known.table->view(x.ptr(), &tensor) == 0) {
+      // torch has zeros without memory.
+      return tensor.data != nullptr && dtype_of(tensor.dtype).has_value();
+    }
     PyErr_Clear();
     return false;
   }

@@ -133,8 +133,8 @@ void Cluster::lost(int node) {
 
 void Cluster::look_around() {
   if (!group_.aborted()) {
-    // Deaths only: whoever departed in good order has come to collective 0.
-    if (const std::optional<AbortRecord> record = group_.find_lost(0)) group_.abort(*record);
+    // Deaths only: who departs in good order is missed by nobody yet.
+    if (const std::optional<AbortRecord> record = group_.find_dead()) group_.abort(*record);
   }
   tell_abort();
   tell_departures();

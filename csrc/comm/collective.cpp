@@ -323,13 +323,36 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interru
   const std::function<bool()> stop = [&watch] { return watch.stop(); };
   Deadline deadline = Deadline::after_s(core.options.timeout_s);
   deadline.stop = &stop;
+  std::shared_ptr<Block> block;
+  std::string failure;
   try {
-    return core.arena->allocate(core.node, size_bytes, deadline);
+    block = core.arena->allocate(core.node, size_bytes, deadline);
   } catch (const Error& error) {
-    // A lack of memory is told to all ranks alike; else somebody has left, or the user wants out.
-    if (error.code() == ErrorCode::resource || !watch.stop()) throw;
-    throw_aborted(core, header.describe() + " #" + std::to_string(header.sequence));
+    // A lack of memory is told to all ranks of a node alike; else somebody has left, or the user
+    // wants out.
+    if (error.code() == ErrorCode::resource && core.cluster) {
+      failure = error.what();
+    } else {
+      if (error.code() == ErrorCode::resource || !watch.stop()) throw;
+      throw_aborted(core, header.describe() + " #" + std::to_string(header.sequence));
+    }
   }
+  if (core.cluster) {
+    // Other nodes fail with the one that did, or they would be out of step.
+    char failed = failure.empty() ? 0 : 1;
+    Call tell;
+    tell.kind = Kind::allreduce;
+    tell.op = Op::max;
+    tell.dtype = Dtype::u8;
+    tell.tensors = {{&failed, &failed, {{1}, {}}, {{1}, {}}}};
+    Work told;
+    run_collective(core, tell, told, interrupted);
+    if (failed != 0) {
+      throw Error(ErrorCode::resource,
+                  failure.empty() ? "another host could not allocate the memory" : failure);
+    }
+  }
+  return block;
 }
 
 /// "rank 0 calls A; ranks 1, 2 call B", the same text on all ranks.

@@ -110,8 +110,8 @@ void Communicator::close() {
     abort("rank " + std::to_string(core_->rank) +
           " closed the communicator while an operation was under way");
   }
-  const bool idle = engine_->idle();
   engine_->stop();
+  const bool idle = engine_->idle();  // after stop: another thread's call cannot begin any more
   core_->group.depart();
   if (core_->cluster) core_->cluster->close(idle);
 }

@@ -1,6 +1,7 @@
 #include "net/lifeline.h"
 
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -27,6 +29,40 @@ constexpr int64_t connect_limit_ns = 30'000'000'000;
 std::string framed(const std::string& message) {
   const auto length = static_cast<uint32_t>(message.size());
   return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + message;
+}
+
+/// The connections of this process. A forked child gives them up at once: they must end with the
+/// rank, though the child may live on.
+struct Sockets {
+  std::mutex mutex;
+  std::set<int> open;
+};
+
+Sockets& own_sockets() {
+  static auto* const sockets = [] {
+    static auto* const made = new Sockets;  // never destroyed: threads may outlive main()
+    pthread_atfork([] { made->mutex.lock(); }, [] { made->mutex.unlock(); },
+                   [] {
+                     for (const int socket : made->open) ::close(socket);
+                     made->open.clear();
+                     made->mutex.unlock();
+                   });
+    return made;
+  }();
+  return *sockets;
+}
+
+void note_opened(int socket) {
+  Sockets& sockets = own_sockets();
+  std::lock_guard lock(sockets.mutex);
+  sockets.open.insert(socket);
+}
+
+void close_noted(int socket) {
+  Sockets& sockets = own_sockets();
+  std::lock_guard lock(sockets.mutex);
+  sockets.open.erase(socket);
+  ::close(socket);
 }
 
 }  // namespace
@@ -48,7 +84,8 @@ struct Lifeline::State {
   bool closed = false;
 
   ~State() {
-    for (const Connection& each : connections) ::close(each.socket);
+    if (pid != getpid()) return;  // a forked child has closed them
+    for (const Connection& each : connections) close_noted(each.socket);
   }
 
   /// Messages are small beside a socket's buffer: what does not fit at once has nobody who reads
@@ -126,7 +163,7 @@ void Lifeline::State::drop(size_t index) {
     std::lock_guard lock(mutex);
     connections.erase(connections.begin() + static_cast<long>(index));
   }
-  ::close(connection.socket);
+  close_noted(connection.socket);
   if (!connection.leaving) events.lost(connection.node);
 }
 
@@ -156,10 +193,12 @@ Lifeline::Lifeline(int node, int nodes, bool leads, const Exchange& exchange, Ev
     if (leads && failure.empty()) {
       if (place.parent != -1) {
         const int socket = tcp_connect(invitation_of(place.parent), node, deadline);
+        note_opened(socket);
         state_->connections.push_back({socket, place.parent, {}});
       }
       for (int child = 0; child < place.num_children; ++child) {
         const auto [socket, its_node] = listener.accept(deadline);
+        note_opened(socket);
         state_->connections.push_back({socket, its_node, {}});
       }
     }

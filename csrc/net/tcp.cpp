@@ -204,7 +204,13 @@ std::pair<int, int> TcpListener::accept(Deadline deadline) {
                   "hosts blocked by a firewall?");
     }
     const int fd = accept4(socket_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (fd < 0) continue;
+    if (fd < 0) {
+      // Out of files, say: the guest stays in the queue, so another look would find it at once.
+      if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+        fail("cannot accept the control connection of another host");
+      }
+      continue;
+    }
     Hello hello;
     if (receive_whole(fd, &hello, sizeof(hello), sooner(deadline, one_address_ns)) &&
         same_token(hello.token, guest_token_) &&

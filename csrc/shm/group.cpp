@@ -178,19 +178,23 @@ bool GroupWatch::check_user(int64_t now) {
   return true;
 }
 
-std::optional<AbortRecord> Group::find_lost(uint64_t sequence) const {
+std::optional<AbortRecord> Group::find_dead() const {
   for (int peer = 0; peer < size_; ++peer) {
-    AbortRecord record{ErrorCode::peer_failed, number_of(peer), number_of(rank_), describe(peer)};
-    if (dead(peer)) {
-      record.reason += " died (killed, crashed, or left without clean-up)";
-      return record;
-    }
+    if (!dead(peer)) continue;
+    return AbortRecord{ErrorCode::peer_failed, number_of(peer), number_of(rank_),
+                       describe(peer) + " died (killed, crashed, or left without clean-up)"};
+  }
+  return std::nullopt;
+}
+
+std::optional<AbortRecord> Group::find_lost(uint64_t sequence) const {
+  if (std::optional<AbortRecord> died = find_dead()) return died;
+  for (int peer = 0; peer < size_; ++peer) {
     // In this order: whoever departed after it came here has done its part.
     const RankControl& other = control(peer);
-    if (other.departed.load(std::memory_order_acquire) != 0 && !has_come(other, sequence)) {
-      record.reason += " exited while others wait for it";
-      return record;
-    }
+    if (other.departed.load(std::memory_order_acquire) == 0 || has_come(other, sequence)) continue;
+    return AbortRecord{ErrorCode::peer_failed, number_of(peer), number_of(rank_),
+                       describe(peer) + " exited while others wait for it"};
   }
   return std::nullopt;
 }

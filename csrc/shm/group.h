@@ -79,6 +79,8 @@ class Group {
   std::string describe(int rank) const;
 
   void mark_reported() { own().reported.store(1, std::memory_order_release); }
+  /// A rank that died.
+  std::optional<AbortRecord> find_dead() const;
   /// A rank that died, or that departed before it came to collective `sequence`.
   std::optional<AbortRecord> find_lost(uint64_t sequence) const;
   /// Of those that have not come to collective `sequence`: who they are, what each did last, and
