@@ -79,11 +79,13 @@ def shutdown() -> None:
         _World.communicator = None
         _World.bootstrap = None
         _World.closed = True
+        aborted = any(core.aborted for core in bootstrap.opened)
         try:
             ending.close_all(bootstrap, bootstrap.settings.timeout_s)
         finally:
             ending.release()
-            bootstrap.close()
+            if not aborted:  # else a thread of ours may still be in MPI
+                bootstrap.close()
 
 
 def is_initialized() -> bool:
