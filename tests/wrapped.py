@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,3 +107,19 @@ def assert_close(a: Gradients, b: Gradients, tolerance: float = 1e-12) -> None:
 
 def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.is_sparse else grad
+
+
+def assert_trained_as_one_process(result: Path) -> None:
+    """result: the state that two ranks saved, of the small model that users' scripts train here."""
+    torch.manual_seed(0)
+    x, y = torch.randn(48, 8, dtype=torch.float64), torch.randn(48, 4).double()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for begin in [*range(0, 48, 8)] * 2:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[begin : begin + 8]), y[begin : begin + 8]).backward()
+        optimizer.step()
+    found = torch.load(result)
+    for name, expected in model.state_dict().items():
+        assert (found[name] - expected).abs().max() <= 1e-12, name

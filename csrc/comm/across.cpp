@@ -396,10 +396,7 @@ class AcrossNodes {
   }
 
   void reduce_scatter() {
-    const std::vector<int64_t>& shape = call_.tensors.front().input_layout.shape;
-    const auto rows = static_cast<size_t>(shape.front());
-    const std::vector<size_t> offsets = split_rows(rows, operands_.count() / rows, core_.size);
-    operands_.place_outputs_at(offsets[static_cast<size_t>(core_.rank)]);
+    operands_.scatter_rows(core_.rank, core_.size);
     reduce_to_outputs();
   }
 

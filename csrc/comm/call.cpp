@@ -103,6 +103,13 @@ void Operands::place_inputs_at(size_t offset) {
   for (Run& run : message_.inputs) run.offset = offset;
 }
 
+std::vector<size_t> Operands::scatter_rows(int rank, int size) {
+  const auto rows = static_cast<size_t>(call_.tensors.front().input_layout.shape.front());
+  const std::vector<size_t> offsets = split_rows(rows, rows == 0 ? 0 : count_ / rows, size);
+  place_outputs_at(offsets[static_cast<size_t>(rank)]);
+  return offsets;
+}
+
 void Operands::set_output(char* data, size_t count) { message_.outputs = {{0, count, data}}; }
 
 void Operands::finish() {

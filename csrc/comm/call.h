@@ -49,6 +49,8 @@ class Operands {
   /// Where this rank's part of the message begins, if not at 0 (see reduce_scatter, allgather).
   void place_outputs_at(size_t offset);
   void place_inputs_at(size_t offset);
+  /// A reduce_scatter's: places this rank's outputs, and returns all parts' offsets (split_rows).
+  std::vector<size_t> scatter_rows(int rank, int size);
   void set_output(char* data, size_t count);
   /// After success: moves results of strided outputs to their places.
   void finish();

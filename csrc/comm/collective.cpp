@@ -192,11 +192,7 @@ class Collective {
   }
 
   void reduce_scatter() {
-    const std::vector<int64_t>& shape = call_.tensors.front().input_layout.shape;
-    const auto rows = static_cast<size_t>(shape.front());
-    const std::vector<size_t> offsets =
-        split_rows(rows, rows == 0 ? 0 : operands_.count() / rows, core_.size);
-    operands_.place_outputs_at(offsets[static_cast<size_t>(core_.rank)]);
+    const std::vector<size_t> offsets = operands_.scatter_rows(core_.rank, core_.size);
     scatter(Blocks::table(offsets.data(), core_.size));
   }
 
