@@ -59,7 +59,11 @@ PYTHON = [
     *(f"-isystem{NANOBIND.parent / path}" for path in ("include", "ext/robin_map/include")),
 ]
 
-SOURCES = sorted(path for path in Path("csrc").glob("*/*") if path.suffix in COMPILERS)
+SOURCES = sorted(
+    path
+    for path in Path("csrc").glob("*/*")
+    if path.suffix in COMPILERS and path.name != "gpu.cpp"
+)
 BINDINGS = [path for path in SOURCES if path.parent.name == "bindings"]
 CORE = [path for path in SOURCES if path not in BINDINGS]
 

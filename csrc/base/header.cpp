@@ -46,6 +46,7 @@ std::string Header::describe() const {
     text += " and " + std::to_string(num_tensors - 1) + " more tensors, " + std::to_string(count) +
             " elements in all";
   }
+  if (on_gpu != 0) text += ", on a GPU";
   if (what == Kind::broadcast || what == Kind::reduce || root != 0)
     text += ", root " + std::to_string(root);
   return text + ")";

@@ -30,7 +30,8 @@ struct Header {
   uint64_t sequence = 0;  // counts the collectives of a communicator from 1
   uint8_t kind = 0, op = 0, dtype = 0, dimensions = 0;
   int32_t root = 0;
-  uint64_t num_tensors = 0;  // more than one: a grouped call
+  uint32_t num_tensors = 0;  // more than one: a grouped call
+  uint32_t on_gpu = 0;       // 1: the tensors are in device memory
   uint64_t count = 0;        // elements (allgather: elements of a row; allocate: bytes)
   uint64_t shapes_hash = 0;  // over all tensors of the call
   std::array<uint64_t, max_dimensions> shape{};  // of the first tensor

@@ -23,6 +23,16 @@ namespace {
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 
+/// On the device, too.
+bool ended(Work& work) {
+  if (!work.done()) return false;
+  try {
+    return !work.event || work.event->done();
+  } catch (const Error&) {
+    return true;  // the device failed: nothing is under way on it any more
+  }
+}
+
 /// What Python holds: the communicator, and the objects whose memory operations under way use. The
 /// latter are released on Python's threads only, since the progress thread must not touch them.
 struct PyCommunicator {
@@ -32,12 +42,12 @@ struct PyCommunicator {
   ~PyCommunicator() {
     communicator->close();
     for (auto& [work, object] : kept) {
-      if (!work->done()) object.release();  // still in use: better never freed than too early
+      if (!ended(*work)) object.release();  // still in use: better never freed than too early
     }
   }
 
   void release_finished() {
-    while (!kept.empty() && kept.front().first->done()) {
+    while (!kept.empty() && ended(*kept.front().first)) {
       // Out of the queue first: an object that dies may run Python code that comes back here.
       const auto finished = std::move(kept.front());
       kept.pop_front();
@@ -76,7 +86,8 @@ Tensor tensor(nb::tuple fields, const Call& call, const Communicator& communicat
 }
 
 nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::list tensors,
-                  nb::object keepalive, bool asynchronous) {
+                  nb::object keepalive, bool asynchronous, int device, uintptr_t stream,
+                  nb::list rows) {
   PyCommunicator& owner = nb::cast<PyCommunicator&>(self);
   Communicator& communicator = *owner.communicator;
   Call call;
@@ -84,6 +95,9 @@ nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::li
   call.op = static_cast<Op>(op);
   call.dtype = static_cast<Dtype>(dtype);
   call.root = root;
+  call.device = device;
+  call.stream = reinterpret_cast<void*>(stream);
+  for (nb::handle each : rows) call.rows.push_back(nb::cast<size_t>(each));
   call.tensors.reserve(tensors.size());
   for (nb::handle fields : tensors) {
     call.tensors.push_back(tensor(nb::cast<nb::tuple>(fields), call, communicator));
@@ -104,12 +118,19 @@ nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::li
   return nb::cast(PyWork{work, self});
 }
 
-void wait_for(PyWork& self, std::optional<double> timeout_s) {
+/// Of a call on a GPU: until it is enqueued; then `stream`, if given, waits for its end. With a
+/// timeout this thread waits for the end, too.
+void wait_for(PyWork& self, std::optional<double> timeout_s, std::optional<uintptr_t> stream) {
   PyCommunicator& owner = nb::cast<PyCommunicator&>(self.communicator);
   const Deadline deadline = timeout_s ? Deadline::after_s(*timeout_s) : Deadline::never();
   Signals signals;
-  const bool ended = signals.guard(
-      [&] { return owner.communicator->wait(*self.work, deadline, signals.asker()); });
+  const bool ended = signals.guard([&] {
+    if (!owner.communicator->wait(*self.work, deadline, signals.asker())) return false;
+    const std::shared_ptr<cuda::Event>& event = self.work->event;
+    if (!event) return true;
+    if (stream) event->hold_back(reinterpret_cast<void*>(*stream));
+    return !timeout_s || owner.communicator->wait(*event, deadline, signals.asker());
+  });
   if (!ended) {
     PyErr_Format(PyExc_TimeoutError,
                  "the operation has not ended within the wait's timeout; it goes on, and may be "
@@ -132,12 +153,18 @@ nb::object output(PyWork& self) {
   return bytes_array(self.work->output.get(), self.work->output_bytes, self.work->output);
 }
 
-nb::object allocate(PyCommunicator& self, size_t size_bytes) {
+nb::object allocate(PyCommunicator& self, size_t size_bytes, int device) {
   Signals signals;
-  std::shared_ptr<Block> block =
-      signals.guard([&] { return self.communicator->allocate(size_bytes, signals.asker()); });
+  std::shared_ptr<Block> block = signals.guard(
+      [&] { return self.communicator->allocate(size_bytes, device, signals.asker()); });
   char* data = block->data();
-  return bytes_array(data, size_bytes, std::move(block));
+  if (device < 0) return bytes_array(data, size_bytes, std::move(block));
+  using DeviceBytes = nb::ndarray<nb::device::cuda, uint8_t, nb::ndim<1>>;
+  auto* kept = new std::shared_ptr<Block>(std::move(block));
+  nb::capsule capsule(
+      kept, [](void* pointer) noexcept { delete static_cast<std::shared_ptr<Block>*>(pointer); });
+  return nb::cast(DeviceBytes(data, {size_bytes}, capsule, {}, nb::dtype<uint8_t>(),
+                              nb::device::cuda::value, device));
 }
 
 Algorithm algorithm_named(const std::string& name) {
@@ -199,6 +226,31 @@ nb::dict window_info(PyCommunicator& self) {
   return info;
 }
 
+nb::object gpu_info(PyCommunicator& self) {
+  const std::shared_ptr<Accelerator> open = self.communicator->core().accelerator();
+  if (!open) return nb::none();
+  nb::dict info;
+  info["device"] = open->device;
+  info["path"] = open->kernels() ? "kernels" : "host";
+  info["why"] = open->gpu().why_host();
+  info["blocks"] = open->gpu().blocks();
+  info["slab_bytes"] = open->gpu().slab_bytes();
+  info["symmetric_bytes"] = open->arena()->segment_bytes();
+  return info;
+}
+
+bool is_symmetric(PyCommunicator& self, uintptr_t address, size_t size_bytes) {
+  const Core& core = self.communicator->core();
+  const void* data = reinterpret_cast<void*>(address);
+  if (core.arena->locate(data, size_bytes).segment != 0) return true;
+  const std::shared_ptr<Accelerator> open = core.accelerator();
+  return open && open->arena()->locate(data, size_bytes).segment != 0;
+}
+
+bool done(PyWork& self) {
+  return self.work->done() && (!self.work->event || self.work->event->done());
+}
+
 nb::dict stats(PyCommunicator& self) {
   const Stats& stats = self.communicator->core().stats;
   nb::dict info;
@@ -232,8 +284,8 @@ void register_communicator(nb::module_& m) {
         nb::arg("is_lazy").none(), nb::arg("mark_written").none());
 
   nb::class_<PyWork>(m, "Work")
-      .def("wait", &wait_for, nb::arg("timeout_s") = nb::none())
-      .def("done", [](PyWork& self) { return self.work->done(); })
+      .def("wait", &wait_for, nb::arg("timeout_s") = nb::none(), nb::arg("stream") = nb::none())
+      .def("done", &done)
       .def("output", &output)
       .def("times_ns",
            [](PyWork& self) { return std::pair(self.work->begin_ns, self.work->end_ns); })
@@ -255,20 +307,17 @@ void register_communicator(nb::module_& m) {
       .def_prop_ro("aborted", [core](PyCommunicator& self) { return core(self).group.aborted(); })
       .def_prop_ro("sequence", [core](PyCommunicator& self) { return core(self).sequence.load(); })
       .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
-           nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"))
+           nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"),
+           nb::arg("device") = -1, nb::arg("stream") = 0, nb::arg("rows") = nb::list())
       .def(
           "allreduce_plain",
           [](PyCommunicator& self, nb::handle x, int op) {
             return allreduce_plain(*self.communicator, x, static_cast<Op>(op));
           },
           nb::arg("x").none(), nb::arg("op"))
-      .def("allocate", &allocate)
-      .def(
-          "is_symmetric",
-          [core](PyCommunicator& self, uintptr_t address, size_t size_bytes) {
-            return core(self).arena->locate(reinterpret_cast<void*>(address), size_bytes).segment !=
-                   0;
-          })
+      .def("allocate", &allocate, nb::arg("size_bytes"), nb::arg("device") = -1)
+      .def("is_symmetric", &is_symmetric)
+      .def("check", [](PyCommunicator& self) { self.communicator->check(); })
       .def("abort", [](PyCommunicator& self,
                        const std::string& reason) { self.communicator->abort(reason); })
       .def("close", [](PyCommunicator& self) { self.communicator->close(); })
@@ -276,6 +325,7 @@ void register_communicator(nb::module_& m) {
       .def("mark_reported", [](PyCommunicator& self) { self.communicator->mark_reported(); })
       .def("all_reported", [](PyCommunicator& self) { return self.communicator->all_reported(); })
       .def("window_info", &window_info)
+      .def("gpu_info", &gpu_info)
       .def("choice", &choice)
       .def("stats", &stats);
 }

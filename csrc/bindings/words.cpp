@@ -7,6 +7,7 @@
 #include "base/op.h"
 #include "bindings/bindings.h"
 #include "comm/tuner.h"
+#include "cuda/gpu.h"
 #include "reduce/reduce.h"
 
 namespace nb = nanobind;
@@ -19,7 +20,20 @@ nb::dict build_info() {
   info["version"] = RR_VERSION;
   info["compiler"] = __VERSION__;
   info["instruction set"] = isa_name();
-  info["cuda"] = "unavailable: built without CUDA";
+  const cuda::About about = cuda::about();
+  info["cuda"] = about.built.empty()         ? "none: built without CUDA"
+                 : about.unavailable.empty() ? about.built
+                                             : about.built + "; unavailable: " + about.unavailable;
+  return info;
+}
+
+nb::dict cuda_info() {
+  const cuda::About about = cuda::about();
+  nb::dict info;
+  info["built"] = about.built;
+  info["runtime"] = about.runtime;
+  info["devices"] = about.devices;
+  info["unavailable"] = about.unavailable;
   return info;
 }
 
@@ -43,6 +57,9 @@ void register_words(nb::module_& m) {
   m.attr("DTYPES") = dtypes;
   m.attr("ITEM_BYTES") = nb::tuple(item_bytes);  // by the number of the dtype
   m.attr("ALGORITHMS") = nb::tuple(algorithms);
+  m.def("cuda_info", &cuda_info,
+        "built: with which CUDA, empty for none. runtime: versions. devices: how many. "
+        "unavailable: why there is none.");
   m.def("build_info", &build_info,
         "How this extension was built, and what it found on this machine.");
 }

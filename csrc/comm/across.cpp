@@ -36,14 +36,15 @@ class AcrossNodes {
 
   void run() {
     if (core_.group.aborted()) throw_failure();
-    const bool small = call_.kind == Kind::allreduce && !core_.tuner.needs_wire() &&
+    const bool small = call_.kind == Kind::allreduce && !call_.meets_only &&
+                       !core_.tuner.needs_wire() &&
                        operands_.count() * partial_bytes_ <= Agreement::largest_payload_bytes;
     core_.window.begin(header_, message_, watch_);
     if (small) core_.window.share_input({0, operands_.count()});
     core_.window.arrive();
     if (core_.window.stopped()) throw_failure();
     if (!meet(small ? operands_.count() : 0)) throw_mismatch(core_, all_headers());
-    if (!small) move();
+    if (!small && !call_.meets_only) move();
     operands_.finish();
   }
 

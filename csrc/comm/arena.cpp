@@ -22,17 +22,26 @@ void Arena::mark_free(uint64_t id) {
 }
 
 std::shared_ptr<Block> Arena::allocate(Node& node, size_t size_bytes, Deadline deadline) {
+  const auto create = [&](size_t pool_bytes) { return node.create_segment(pool_bytes, deadline); };
+  return allocate(node, size_bytes, deadline, {create, [](const Segment&) {}});
+}
+
+std::shared_ptr<Block> Arena::allocate(Node& node, size_t size_bytes, Deadline deadline,
+                                       const Segments& segments) {
   exchange_marks(node, deadline);
   local_rank_ = node.local_rank();
   const size_t padded = round_up(std::max<size_t>(size_bytes, 1), alignment_bytes);
   Live block{};
+  std::vector<Segment> empty;
   {
     std::lock_guard lock(mutex_);
-    if (!place(padded, &block)) drop_empty_pools();
+    if (!place(padded, &block)) empty = take_empty_pools();
   }
+  for (const Segment& segment : empty) segments.drop(segment);
+  empty.clear();
   if (block.size_bytes == 0) {
     const size_t pool_bytes = round_up(std::max(padded, smallest_pool_bytes), page_bytes);
-    Segment segment = node.create_segment(pool_bytes, deadline);
+    Segment segment = segments.create(pool_bytes);
     std::lock_guard lock(mutex_);
     pools_[next_pool_++] = Pool{std::move(segment), {{0, pool_bytes}}};
     place(padded, &block);
@@ -105,8 +114,14 @@ bool Arena::place(size_t size_bytes, Live* block) {
   return true;
 }
 
-void Arena::drop_empty_pools() {
-  std::erase_if(pools_, [](const auto& entry) { return entry.second.num_blocks == 0; });
+std::vector<Segment> Arena::take_empty_pools() {
+  std::vector<Segment> empty;
+  std::erase_if(pools_, [&](auto& entry) {
+    if (entry.second.num_blocks > 0) return false;
+    empty.push_back(std::move(entry.second.segment));
+    return true;
+  });
+  return empty;
 }
 
 Arena::Place Arena::locate(const void* data, size_t size_bytes) const {

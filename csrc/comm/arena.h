@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -35,7 +36,16 @@ class Block {
 
 class Arena : public std::enable_shared_from_this<Arena> {
  public:
+  /// Where segments come from and what happens to those that hold nothing any more; both collective
+  /// over the node.
+  struct Segments {
+    std::function<Segment(size_t size_bytes)> create;
+    std::function<void(const Segment& segment)> drop;
+  };
   /// Collective over the node, in the same order on all ranks.
+  std::shared_ptr<Block> allocate(Node& node, size_t size_bytes, Deadline deadline,
+                                  const Segments& segments);
+  /// The same, in shared memory of the host.
   std::shared_ptr<Block> allocate(Node& node, size_t size_bytes, Deadline deadline);
 
   /// Where memory of this rank lies: the number of its segment, counted from 1, and the offset from
@@ -68,7 +78,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void exchange_marks(Node& node, Deadline deadline);
   void give_back(const Live& block);
   bool place(size_t size_bytes, Live* block);
-  void drop_empty_pools();
+  std::vector<Segment> take_empty_pools();
 
   mutable std::mutex mutex_;  // of all below: marks come from any thread
   int local_rank_ = 0;

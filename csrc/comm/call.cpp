@@ -27,8 +27,12 @@ Header Call::header(uint64_t sequence) const {
   header.op = static_cast<uint8_t>(op);
   header.dtype = static_cast<uint8_t>(dtype);
   header.root = root;
-  header.num_tensors = tensors.size();
+  header.num_tensors = static_cast<uint32_t>(tensors.size());
   header.count = kind == Kind::allocate ? bytes : 0;
+  header.on_gpu = device >= 0;
+  header.segment = segment;
+  header.input_offset = input_offset;
+  header.output_offset = output_offset;
   uint64_t hash = 0xcbf29ce484222325ull;
   // An allgather's first dimensions may differ: its header shows a row, and the number of rows
   // apart from it.

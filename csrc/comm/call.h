@@ -9,6 +9,7 @@
 #include "base/header.h"
 #include "base/layout.h"
 #include "base/op.h"
+#include "cuda/gpu.h"
 #include "reduce/message.h"
 
 namespace ringreduce {
@@ -31,6 +32,14 @@ struct Call {
   int root = 0;
   std::vector<Tensor> tensors;  // more than one: allreduce and broadcast only
   size_t bytes = 0;             // allocate only
+  bool meets_only = false;      // the ranks compare headers; no data move
+
+  // Of tensors in device memory, which are contiguous, one after the other.
+  int device = -1;                     // -1: the host
+  void* stream = nullptr;              // the caller's
+  std::shared_ptr<cuda::Event> after;  // asynchronous: when the operands are ready
+  std::vector<size_t> rows;            // allgather: of every rank
+  uint64_t segment = 0, input_offset = 0, output_offset = 0;  // as in the header
 
   Header header(uint64_t sequence) const;
 };

@@ -5,6 +5,7 @@
 #include "algorithms/tree.h"
 #include "algorithms/two_shot.h"
 #include "comm/across.h"
+#include "comm/on_gpu.h"
 #include "shm/staged.h"
 
 namespace ringreduce {
@@ -30,6 +31,18 @@ class Collective {
   void run() {
     if (core_.group.aborted()) throw_failure();
     core_.window.begin(header_, message_, watch_);
+    if (call_.meets_only) {
+      core_.window.arrive();
+    } else {
+      move();
+    }
+    if (core_.window.mismatch()) throw_mismatch();
+    if (core_.window.stopped() || wire_stopped_) throw_failure();
+    operands_.finish();
+  }
+
+ private:
+  void move() {
     switch (call_.kind) {
       case Kind::barrier:
       case Kind::allocate:
@@ -51,12 +64,8 @@ class Collective {
         reduce_to_root();
         break;
     }
-    if (core_.window.mismatch()) throw_mismatch();
-    if (core_.window.stopped() || wire_stopped_) throw_failure();
-    operands_.finish();
   }
 
- private:
   bool uses_ring() const {
     return core_.tuner.choose(call_.kind, 0).algorithm == Algorithm::ring && core_.size > 1;
   }
@@ -272,6 +281,14 @@ std::vector<size_t> allocate_output(Work& work, size_t row_elements, size_t item
   return offsets;
 }
 
+void run_on_host(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
+  if (core.cluster) {
+    run_across(core, call, work, interrupted);
+  } else {
+    Collective(core, call, work, interrupted).run();
+  }
+}
+
 void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
   Trace& trace = *core.options.trace;
   const bool traced = trace.on();
@@ -285,10 +302,10 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
   };
   work.begin_ns = now_ns();
   try {
-    if (core.cluster) {
-      run_across(core, call, work, interrupted);
+    if (call.device >= 0 && call.kind != Kind::allocate) {
+      run_on_gpu(core, call, work, interrupted);
     } else {
-      Collective(core, call, work, interrupted).run();
+      run_on_host(core, call, work, interrupted);
     }
   } catch (const Error& error) {
     finish(error.code());
@@ -307,10 +324,12 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
   core.stats.bytes.fetch_add(bytes_of(call), std::memory_order_relaxed);
 }
 
-std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interrupted& interrupted) {
+std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
+                                    const Interrupted& interrupted) {
   Call call;
   call.kind = Kind::allocate;
   call.bytes = size_bytes;
+  call.device = device;
   Work work;
   run_collective(core, call, work, interrupted);
   const Header header = call.header(core.sequence.load());
@@ -322,7 +341,9 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, const Interru
   std::shared_ptr<Block> block;
   std::string failure;
   try {
-    block = core.arena->allocate(core.node, size_bytes, deadline);
+    block = device < 0
+                ? core.arena->allocate(core.node, size_bytes, deadline)
+                : accelerator_of(core, device, deadline).allocate(core, size_bytes, deadline);
   } catch (const Error& error) {
     // A lack of memory is told to all ranks of a node alike; else somebody has left, or the user
     // wants out.

@@ -2,7 +2,10 @@
 
 #include <pthread.h>
 
+#include <thread>
+
 #include "comm/collective.h"
+#include "comm/on_gpu.h"
 
 namespace ringreduce {
 namespace {
@@ -36,6 +39,16 @@ Core::Core(int rank, int size, const Exchange& exchange, const Options& options,
   }
 }
 
+std::shared_ptr<Accelerator> Core::accelerator() const {
+  std::lock_guard lock(mutex_);
+  return accelerator_;
+}
+
+void Core::set_accelerator(std::shared_ptr<Accelerator> accelerator) {
+  std::lock_guard lock(mutex_);
+  accelerator_ = std::move(accelerator);
+}
+
 Communicator::Communicator(int rank, int size, const Exchange& exchange, const Options& options,
                            const OpenNetwork& open_network)
     : core_(std::make_shared<Core>(rank, size, exchange, options, open_network)),
@@ -54,6 +67,7 @@ void Communicator::check_usable() {
 
 void Communicator::run(const Call& call, Work& work, const Interrupted& interrupted) {
   check_usable();
+  if (call.device >= 0) check_on_gpu(*core_, call);
   run_in_order([&](const Interrupted& asked) { run_collective(*core_, call, work, asked); },
                interrupted);
   // Now, not before: a rank that left this call out would be out of step with the others.
@@ -62,17 +76,37 @@ void Communicator::run(const Call& call, Work& work, const Interrupted& interrup
 
 std::shared_ptr<Work> Communicator::start(Call call) {
   check_usable();
+  if (call.device >= 0) {
+    if (cuda::capturing(call.stream)) {
+      // A graph records what is enqueued now, and on this stream.
+      auto work = std::make_shared<Work>();
+      run(call, *work, {});
+      work->finish(nullptr);
+      return work;
+    }
+    call.after = cuda::record(call.device, call.stream);
+    check_on_gpu(*core_, call);
+  }
   return engine_->enqueue(
       [core = core_, call = std::move(call)](Work& work) { run_collective(*core, call, work, {}); },
       true);
 }
 
-std::shared_ptr<Block> Communicator::allocate(size_t size_bytes, const Interrupted& interrupted) {
+std::shared_ptr<Block> Communicator::allocate(size_t size_bytes, int device,
+                                              const Interrupted& interrupted) {
   check_usable();
   std::shared_ptr<Block> block;
-  run_in_order([&](const Interrupted& asked) { block = run_allocate(*core_, size_bytes, asked); },
-               interrupted);
+  run_in_order(
+      [&](const Interrupted& asked) { block = run_allocate(*core_, size_bytes, device, asked); },
+      interrupted);
   return block;
+}
+
+void Communicator::check() {
+  check_usable();
+  if (!core_->group.aborted()) return;
+  told_ = true;
+  throw_aborted(*core_, "a collective");
 }
 
 template <class Operation>
@@ -114,10 +148,15 @@ void Communicator::close() {
   const bool idle = engine_->idle();  // after stop: another thread's call cannot begin any more
   core_->group.depart();
   if (core_->cluster) core_->cluster->close(idle);
+  if (const std::shared_ptr<Accelerator> open = core_->accelerator()) open->close();
 }
 
 bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
-  const bool ended = engine_->drain(Deadline::after_s(timeout_s), interrupted);
+  const Deadline deadline = Deadline::after_s(timeout_s);
+  bool ended = engine_->drain(deadline, interrupted);
+  if (const std::shared_ptr<Accelerator> open = core_->accelerator(); open && ended) {
+    ended = open->drain(deadline, interrupted);
+  }
   const std::exception_ptr error = engine_->take_unseen_error();
   // Of an abort the user has to hear once, not once for every operation that it ended.
   if (error && !(told_ && core_->group.aborted())) std::rethrow_exception(error);
@@ -133,6 +172,17 @@ bool Communicator::wait(Work& work, Deadline deadline, const Interrupted& interr
   }
   if (work.failed()) told_ = true;
   work.get();
+  return true;
+}
+
+bool Communicator::wait(cuda::Event& event, Deadline deadline, const Interrupted& interrupted) {
+  while (!event.done()) {
+    if (deadline.passed(now_ns())) return false;
+    if (interrupted && interrupted()) core_->group.abort_interrupted();
+    if (core_->group.aborted()) break;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  check();
   return true;
 }
 

@@ -4,8 +4,10 @@
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <string>
 
+#include "comm/accelerator.h"
 #include "comm/arena.h"
 #include "comm/call.h"
 #include "comm/cluster.h"
@@ -34,7 +36,7 @@ struct Stats {
 
 /// What operations run on; shared with the progress thread, which may outlive the Communicator by
 /// one operation.
-struct Core {
+struct Core : std::enable_shared_from_this<Core> {
   Core(int rank, int size, const Exchange& exchange, const Options& options,
        const OpenNetwork& open_network);
 
@@ -51,6 +53,14 @@ struct Core {
   std::atomic<bool> closing{false};
   Stats stats;
   const std::shared_ptr<const std::string> name;  // options.name, shared with trace records
+
+  /// Null until the first collective on GPU memory. Any thread.
+  std::shared_ptr<Accelerator> accelerator() const;
+  void set_accelerator(std::shared_ptr<Accelerator> accelerator);
+
+ private:
+  mutable std::mutex mutex_;
+  std::shared_ptr<Accelerator> accelerator_;
 };
 
 class Communicator {
@@ -67,8 +77,11 @@ class Communicator {
   /// Starts it, and returns at once. Its error comes from wait(), or else from the next run().
   std::shared_ptr<Work> start(Call call);
 
-  /// Collective. Symmetric memory of at least `size_bytes`.
-  std::shared_ptr<Block> allocate(size_t size_bytes, const Interrupted& interrupted);
+  /// Collective. Symmetric memory of at least `size_bytes`, of a device or, for -1, of the host.
+  std::shared_ptr<Block> allocate(size_t size_bytes, int device, const Interrupted& interrupted);
+
+  /// Local. Throws what has ended the communicator, if anything has.
+  void check();
 
   /// Ends the communicator on all ranks: they raise PeerFailed with this reason, which names this
   /// rank.
@@ -83,6 +96,8 @@ class Communicator {
   bool drain(double timeout_s, const Interrupted& interrupted);
   /// Waits for a Work and throws its error; false if `deadline` came first.
   bool wait(Work& work, Deadline deadline, const Interrupted& interrupted);
+  /// Waits for the device.
+  bool wait(cuda::Event& event, Deadline deadline, const Interrupted& interrupted);
 
   bool closed() const { return closed_; }
   Core& core() const { return *core_; }

@@ -1,5 +1,7 @@
 #include "comm/tuner.h"
 
+#include "cuda/kernels.h"
+
 namespace ringreduce {
 namespace {
 
@@ -18,6 +20,18 @@ constexpr size_t small_bytes = size_t{32} << 10;
 }  // namespace
 
 bool Tuner::small(size_t message_bytes) const { return message_bytes <= small_bytes; }
+
+Choice Tuner::choose_on_gpu(Dtype dtype, size_t message_bytes) const {
+  const bool fits = message_bytes <= cuda::one_shot_largest_bytes &&
+                    size_of(dtype) <= cuda::one_shot_largest_item_bytes;
+  switch (wanted_) {
+    case Algorithm::automatic:
+    case Algorithm::one_shot:
+      return {fits ? Algorithm::one_shot : Algorithm::two_shot};
+    default:
+      return {wanted_};
+  }
+}
 
 Choice Tuner::choose(Kind kind, size_t message_bytes) const {
   if (kind != Kind::allreduce) {

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <string>
 
+#include "base/dtype.h"
 #include "base/header.h"
 
 namespace ringreduce {
@@ -24,6 +25,8 @@ class Tuner {
   Tuner(Algorithm wanted, bool claims) : wanted_(wanted), claims_(claims) {}
 
   Choice choose(Kind kind, size_t message_bytes) const;
+  /// An allreduce among kernels. two_shot includes its staged form.
+  Choice choose_on_gpu(Dtype dtype, size_t message_bytes) const;
   /// Whether one rank reduces such a message faster than it can wake others to help.
   bool small(size_t message_bytes) const;
   /// Ring or tree over all ranks, because it was asked for.

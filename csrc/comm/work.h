@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/deadline.h"
+#include "cuda/gpu.h"
 #include "shm/wait.h"
 
 namespace ringreduce {
@@ -37,6 +38,9 @@ class Work {
   std::vector<size_t> counts;
   std::shared_ptr<char[]> output;
   size_t output_bytes = 0;
+
+  // On a GPU: when the device has ended it. Null if there is nothing to wait for.
+  std::shared_ptr<cuda::Event> event;
 
   // When the collective began and ended on this rank (now_ns()).
   int64_t begin_ns = 0, end_ns = 0;

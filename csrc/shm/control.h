@@ -42,6 +42,7 @@ struct RankControl {
       pthread_mutex_t life;        // robust; held by the life thread until the rank departs
   std::atomic<uint32_t> departed;  // 1: left by shutdown or a normal exit
   std::atomic<uint32_t> reported;  // 1: has told its user of the abort
+  std::atomic<uint32_t> gpu;       // how far its GPU has come to the end (comm/accelerator.h)
   std::atomic<int32_t> pid;
   std::atomic<uint64_t> nonce;  // proof that the mapping is the one that was meant
   // Why this rank aborted; written before it sets the abort word. Ranks of the communicator; -1:

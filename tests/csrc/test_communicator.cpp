@@ -151,7 +151,7 @@ void symmetric(Rank& self) {
   std::shared_ptr<Block> kept;
   for (int salt = 0; salt < 12; ++salt) {
     const size_t count = salt % 3 == 0 ? 300'001 : 2'000;
-    const std::shared_ptr<Block> block = self.comm->allocate(count * sizeof(float), {});
+    const std::shared_ptr<Block> block = self.comm->allocate(count * sizeof(float), -1, {});
     const std::vector<float> input = input_of<float>(self.rank, count, salt);
     std::vector<float> other = input;
     float* data = reinterpret_cast<float*>(block->data());

@@ -1,0 +1,188 @@
+#include "comm/accelerator.h"
+
+#include <signal.h>
+
+#include <thread>
+
+#include "comm/communicator.h"
+
+namespace ringreduce {
+namespace {
+
+// Of the watcher: how soon kernels hear of an abort.
+constexpr auto period = std::chrono::milliseconds(10);
+// A kernel that still waits for a rank this long after the rank's last kernel has ended waits in
+// vain.
+constexpr int64_t in_vain_ns = 1'000'000'000;
+// A rank that has departed and says nothing for so long has ended. What it may still have mapped is
+// left to the driver.
+constexpr int64_t end_limit_ns = 10'000'000'000;
+
+/// A block of device memory. Freed by nobody while peers may have it mapped: only when all ranks
+/// drop its segment together, or by the driver when the process ends.
+class DeviceMemory : public Memory {
+ public:
+  explicit DeviceMemory(char* data) { data_ = data; }
+};
+
+Exchange exchange_of(Node& node, Deadline deadline) {
+  return [&node, deadline](const std::string& message) { return node.exchange(message, deadline); };
+}
+
+}  // namespace
+
+Accelerator::Accelerator(Core& core, int device, Deadline deadline) : device(device) {
+  cuda::Gpu::Options options;
+  options.rank = core.node.local_rank();
+  options.size = core.node.local_size();
+  options.device = device;
+  options.in_process = core.options.in_process;
+  options.other_nodes = core.cluster != nullptr;
+  options.wire = core.tuner.needs_wire();
+  options.timeout_s = core.options.timeout_s;
+  gpu_ = cuda::Gpu::open(options, exchange_of(core.node, deadline));
+  arena_ = std::make_shared<Arena>();
+  if (!kernels()) {
+    staging_ = core.arena->allocate(core.node, staging_bytes, deadline);
+    gpu_->pin(staging(), staging_bytes);
+  }
+}
+
+Accelerator::~Accelerator() = default;
+
+void Accelerator::start(const std::shared_ptr<Core>& core) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the user's threads
+  std::thread([this, core] { watch(*core); }).detach();
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+std::shared_ptr<Block> Accelerator::allocate(Core& core, size_t size_bytes, Deadline deadline) {
+  const Exchange exchange = exchange_of(core.node, deadline);
+  Arena::Segments segments;
+  segments.create = [&](size_t pool_bytes) {
+    const cuda::Shared shared = gpu_->share(pool_bytes, exchange);
+    Segment segment{shared.size_bytes, {}};
+    for (char* block : shared.blocks) {
+      segment.blocks.push_back(std::make_shared<DeviceMemory>(block));
+    }
+    return segment;
+  };
+  segments.drop = [&](const Segment& segment) {
+    cuda::Shared shared{segment.size_bytes, {}};
+    for (const auto& block : segment.blocks) shared.blocks.push_back(block->data());
+    gpu_->release(shared, exchange);
+  };
+  return arena_->allocate(core.node, size_bytes, deadline, segments);
+}
+
+char* Accelerator::pinned(size_t size_bytes) {
+  if (size_bytes > own_pinned_bytes_) {
+    if (own_pinned_) gpu_->unpin(own_pinned_.get());
+    own_pinned_bytes_ = 0;
+    own_pinned_.reset(new char[size_bytes]);
+    gpu_->pin(own_pinned_.get(), size_bytes);
+    own_pinned_bytes_ = size_bytes;
+  }
+  return own_pinned_.get();
+}
+
+bool Accelerator::drain(Deadline deadline, const Interrupted& interrupted) {
+  while (!gpu_->idle()) {
+    if (deadline.passed(now_ns()) || (interrupted && interrupted())) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
+void Accelerator::close() {
+  std::lock_guard lock(mutex_);
+  closing_ = true;
+  changed_.notify_all();
+}
+
+/// False once the communicator is closed.
+bool Accelerator::rest() {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, period, [this] { return closing_; });
+  return !closing_;
+}
+
+void Accelerator::watch(Core& core) {
+  while (rest()) look(core);
+  tear_down(core);
+}
+
+/// What kernels have to know goes down, what they have found comes up.
+void Accelerator::look(Core& core) {
+  Group& group = core.group;
+  if (const std::optional<AbortRecord> dead = group.find_dead()) group.abort(*dead);
+  const cuda::Gpu::Report report = gpu_->report();
+  const auto rank = [&] { return group.number_of(report.peer); };
+  if (report.trouble == cuda::Trouble::timeout) {
+    group.abort(
+        ErrorCode::timeout, rank(),
+        "a kernel of this rank has waited in vain for one of " + group.describe(report.peer));
+  } else if (report.trouble == cuda::Trouble::mismatch) {
+    group.abort(ErrorCode::mismatch, rank(),
+                "a CUDA graph of this rank and one of " + group.describe(report.peer) +
+                    " replay different collectives");
+  }
+  look_for_departed(core, report.under_way);
+  if (group.aborted()) gpu_->abort();
+}
+
+/// A rank that has left in good order, while a kernel here waits for one of its: replays of a graph
+/// are not known to the host.
+void Accelerator::look_for_departed(Core& core, bool under_way) {
+  int gone = -1;
+  for (int peer = 0; under_way && peer < core.group.size(); ++peer) {
+    if (peer != core.group.rank() && stage_of(core, peer) != Stage::working) gone = peer;
+  }
+  const int64_t now = now_ns();
+  if (gone == -1) {
+    alone_since_ns_ = 0;
+  } else if (alone_since_ns_ == 0) {
+    alone_since_ns_ = now;
+  } else if (now - alone_since_ns_ > in_vain_ns) {
+    core.group.abort(ErrorCode::peer_failed, core.group.number_of(gone),
+                     core.group.describe(gone) + " exited while a kernel waits for it");
+  }
+}
+
+Accelerator::Stage Accelerator::stage_of(const Core& core, int peer) {
+  return static_cast<Stage>(core.group.control(peer).gpu.load(std::memory_order_acquire));
+}
+
+void Accelerator::tear_down(Core& core) {
+  while (!gpu_->idle()) {
+    look(core);
+    std::this_thread::sleep_for(period);
+  }
+  if (staging_) gpu_->unpin(staging());
+  if (own_pinned_) gpu_->unpin(own_pinned_.get());
+  if (!all_reach(core, Stage::idle)) return;
+  gpu_->close_peers();
+  if (!all_reach(core, Stage::unmapped)) return;
+  gpu_->free_own();
+}
+
+/// Says that this rank is so far, and waits for the others. False: not all will come.
+bool Accelerator::all_reach(Core& core, Stage stage) {
+  core.group.own().gpu.store(static_cast<uint32_t>(stage), std::memory_order_release);
+  for (int peer = 0; peer < core.group.size(); ++peer) {
+    const RankControl& other = core.group.control(peer);
+    int64_t gone_since_ns = 0;
+    while (stage_of(core, peer) < stage && !core.group.dead(peer)) {
+      if (other.departed.load(std::memory_order_acquire) != 0) {
+        if (gone_since_ns == 0) gone_since_ns = now_ns();
+        if (now_ns() - gone_since_ns > end_limit_ns) return false;
+      }
+      std::this_thread::sleep_for(period);
+    }
+  }
+  return true;
+}
+
+}  // namespace ringreduce
