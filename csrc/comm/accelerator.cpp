@@ -110,8 +110,12 @@ bool Accelerator::rest() {
 }
 
 void Accelerator::watch(Core& core) {
-  while (rest()) look(core);
-  tear_down(core);
+  try {
+    while (rest()) look(core);
+    tear_down(core);
+  } catch (const Error&) {
+    // The device failed, or the driver is being unloaded: what is left is the driver's.
+  }
 }
 
 /// What kernels have to know goes down, what they have found comes up.

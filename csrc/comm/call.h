@@ -35,10 +35,10 @@ struct Call {
   bool meets_only = false;      // the ranks compare headers; no data move
 
   // Of tensors in device memory, which are contiguous, one after the other.
-  int device = -1;                     // -1: the host
-  void* stream = nullptr;              // the caller's
-  std::shared_ptr<cuda::Event> after;  // asynchronous: when the operands are ready
-  std::vector<size_t> rows;            // allgather: of every rank
+  int device = -1;                          // -1: the host
+  void* stream = nullptr;                   // the caller's
+  std::shared_ptr<cuda::Event> after = {};  // asynchronous: when the operands are ready
+  std::vector<size_t> rows = {};            // allgather: of every rank
   uint64_t segment = 0, input_offset = 0, output_offset = 0;  // as in the header
 
   Header header(uint64_t sequence) const;

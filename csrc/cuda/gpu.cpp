@@ -174,6 +174,7 @@ class CudaGpu : public Gpu {
     }
   }
   void unpin(char* data) override {
+    const OnDevice on(options_.device);
     if (cudaHostUnregister(data) != cudaSuccess) cudaGetLastError();
   }
 
@@ -224,6 +225,7 @@ class CudaGpu : public Gpu {
 
   bool idle() override {
     if (!last_event_) return true;
+    const OnDevice on(options_.device);
     const cudaError_t error = cudaEventQuery(last_event_);
     if (error == cudaErrorNotReady) cudaGetLastError();
     return error != cudaErrorNotReady;  // after an error of the device nothing runs any more
@@ -232,6 +234,7 @@ class CudaGpu : public Gpu {
   void close_peers() override { unmap(slab_); }
 
   void free_own() override {
+    const OnDevice on(options_.device);
     free_block(slab_);
     if (last_event_) cudaEventDestroy(last_event_);
     if (side_stream_) cudaStreamDestroy(side_stream_);
@@ -346,6 +349,7 @@ class CudaGpu : public Gpu {
 
   void unmap(const Shared& shared) {
     if (options_.in_process) return;
+    const OnDevice on(options_.device);
     for (size_t peer = 0; peer < shared.blocks.size(); ++peer) {
       if (static_cast<int>(peer) == options_.rank || !shared.blocks[peer]) continue;
       if (cudaIpcCloseMemHandle(shared.blocks[peer]) != cudaSuccess) cudaGetLastError();
@@ -354,6 +358,7 @@ class CudaGpu : public Gpu {
 
   void free_block(const Shared& shared) {
     if (shared.blocks.empty()) return;
+    const OnDevice on(options_.device);
     char* own = shared.blocks[static_cast<size_t>(options_.rank)];
     if (own && cudaFree(own) != cudaSuccess) cudaGetLastError();
   }
