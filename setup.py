@@ -272,7 +272,8 @@ class BuildExt(build_ext):
             ext.libraries = ["cudart_static", *LIBRARIES]
             ext.library_dirs = cuda.library_dirs
             ext.extra_link_args = [*LINK, "-Wl,--exclude-libs,libcudart_static.a"]
-        self.force = True  # always link: a removed source leaves no object that is newer
+        # Always link: where a source has gone, no object is newer.
+        self.force = self.compiler.force = True
         super().build_extension(ext)
         print(
             f"built {ext.name} {VERSION}\n"
