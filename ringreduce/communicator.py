@@ -11,14 +11,23 @@ import math
 import operator
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ringreduce import _core, profiling, tensors
+from ringreduce.arrays import CPU, Array, check_apart, check_together
 from ringreduce.errors import MismatchError, ResourceError
-from ringreduce.tensors import Array, describe
-from ringreduce.work import Work
+from ringreduce.operands import (
+    DEFAULT_STREAMS,
+    DeviceOperands,
+    check_group_op,
+    check_op,
+    describe_list,
+    operand,
+)
+from ringreduce.tensors import describe
+from ringreduce.work import DeviceWork, Work
 
 if TYPE_CHECKING:
     from ringreduce.bootstrap import Bootstrap
@@ -31,15 +40,6 @@ ALLGATHER = _core.KINDS["allgather"]
 BROADCAST = _core.KINDS["broadcast"]
 REDUCE = _core.KINDS["reduce"]
 KIND_NAMES = {kind: name for name, kind in _core.KINDS.items()}
-
-# Complex numbers have no order, and truth values have no average.
-UNDEFINED = {("avg", "bool"), *itertools.product(("min", "max"), ("complex64", "complex128"))}
-OP_INDEX = {
-    (op, dtype): op_index
-    for op, op_index in _core.OPS.items()
-    for name, dtype in _core.DTYPES.items()
-    if (op, name) not in UNDEFINED
-}
 
 
 class Communicator:
@@ -70,7 +70,7 @@ class Communicator:
 
     def allreduce(self, x: Any, op: str = "sum", *, out: Any = None, async_op: bool = False) -> Any:
         source = describe(x)
-        op_index = _check_op(op, source.dtype)
+        op_index = check_op(op, source.dtype)
         if out is None:
             target = describe(tensors.empty_like(source))
         else:
@@ -86,8 +86,10 @@ class Communicator:
             return x
         array = describe(x, True)
         address, shape, strides, dtype = array[:4]
-        op_index = _check_op(op, dtype)
+        op_index = check_op(op, dtype)
         array.framework.mark_written(x)
+        if array.device != CPU:
+            return self._run(ALLREDUCE, op_index, 0, array, array, async_op)
         tensor = (address, address, shape, strides, strides)
         work = self._submit(ALLREDUCE, op_index, dtype, 0, [tensor], x, async_op)
         return Work((work,), x) if async_op else x
@@ -95,37 +97,36 @@ class Communicator:
     def grouped_allreduce(
         self, xs: Iterable[Any], op: str = "sum", *, async_op: bool = False
     ) -> Any:
-        sources = _describe_list(xs)
-        op_index = _check_group_op(op, sources)
+        sources = describe_list(xs)
+        op_index = check_group_op(op, sources)
         targets = [describe(tensors.empty_like(source)) for source in sources]
         return self._run_group(ALLREDUCE, op_index, 0, sources, targets, async_op)
 
     def grouped_allreduce_(
         self, xs: Iterable[Any], op: str = "sum", *, async_op: bool = False
     ) -> Any:
-        arrays = _describe_list(xs, writable=True)
-        op_index = _check_group_op(op, arrays)
-        tensors.check_apart(arrays)
+        arrays = describe_list(xs, writable=True)
+        op_index = check_group_op(op, arrays)
+        check_apart(arrays)
         return self._run_group(ALLREDUCE, op_index, 0, arrays, arrays, async_op)
 
     def reduce_scatter(self, x: Any, op: str = "sum", *, async_op: bool = False) -> Any:
         source = describe(x)
         if not source.shape:
             raise ValueError("reduce_scatter splits dimension 0, and a 0-d tensor has none")
-        op_index = _check_op(op, source.dtype)
+        op_index = check_op(op, source.dtype)
         rows, extra = divmod(source.shape[0], self.size)
         target = describe(tensors.empty_rows(source, rows + (self.rank < extra)))
         return self._run(REDUCE_SCATTER, op_index, 0, source, target, async_op)
 
     def allgather(self, x: Any, *, async_op: bool = False) -> Any:
-        source = describe(x)
-        tensor = (source.address, 0, source.shape, source.strides, None)
-        work = self._submit(ALLGATHER, 0, source.dtype, 0, [tensor], source.owner, async_op)
+        part, result = self._gather(describe(x), async_op)
+        return Work((part,), finish=lambda: result()[0]) if async_op else result()[0]
 
-        def result() -> Any:
-            return tensors.gathered(source, work.output(), sum(work.counts))
-
-        return Work((work,), finish=result) if async_op else result()
+    def gather_rows(self, x: Any, *, async_op: bool = False) -> Work:
+        """allgather, for the other modules: its result, and the number of rows of each rank."""
+        part, result = self._gather(describe(x), async_op)
+        return Work((part,), finish=result)
 
     def broadcast(self, x: Any, root: int = 0, *, async_op: bool = False) -> Any:
         root = self.check_root(root)
@@ -143,13 +144,13 @@ class Communicator:
         self, xs: Iterable[Any], root: int = 0, *, async_op: bool = False
     ) -> Any:
         root = self.check_root(root)
-        arrays = _describe_list(xs, writable=True)
+        arrays = describe_list(xs, writable=True)
         return self._run_group(BROADCAST, 0, root, arrays, arrays, async_op)
 
     def reduce(self, x: Any, op: str = "sum", root: int = 0, *, async_op: bool = False) -> Any:
         root = self.check_root(root)
         source = describe(x)
-        op_index = _check_op(op, source.dtype)
+        op_index = check_op(op, source.dtype)
         target = describe(tensors.empty_like(source)) if self.rank == root else None
         return self._run(REDUCE, op_index, root, source, target, async_op)
 
@@ -159,7 +160,19 @@ class Communicator:
 
     def empty(self, shape: int | Sequence[int], dtype: Any, device: Any = None) -> Any:
         blank = tensors.blank(shape, dtype, device)
-        return blank.on(self.core.allocate(blank.size_bytes))
+        if blank.device == CPU:
+            return blank.on(self.core.allocate(blank.size_bytes))
+        return blank.on(self.core.allocate(blank.size_bytes, blank.device))
+
+    def check(self) -> None:
+        """Local: raises what this rank's GPU has found wrong in collectives that were launched.
+
+        A call on a GPU is over, for the host, when it is launched. What goes wrong later (a rank
+        that does not come, or in a graph's replay comes with something else) is raised by the next
+        call on the communicator, by Work.wait, or here. Does not wait for the device: synchronize
+        first, to hear of all that was launched.
+        """
+        self.core.check()
 
     def broadcast_object(self, obj: Any, root: int = 0) -> Any:
         from ringreduce import broadcasting
@@ -267,13 +280,15 @@ class Communicator:
         operands: list[tuple],
         keepalive: object,
         async_op: bool,
+        *place: int,
     ) -> _core.Work:
+        """place: GPU and stream; nothing for the CPU."""
         submit = self.core.submit
         if not profiling.switch._is_profiler_enabled:
-            return submit(kind, op_index, dtype, root, operands, keepalive, async_op)
+            return submit(kind, op_index, dtype, root, operands, keepalive, async_op, *place)
         size_bytes = sum(math.prod(operand[2]) for operand in operands) * _core.ITEM_BYTES[dtype]
         with profiling.span(f"ringreduce::{KIND_NAMES[kind]}", bytes=size_bytes):
-            return submit(kind, op_index, dtype, root, operands, keepalive, async_op)
+            return submit(kind, op_index, dtype, root, operands, keepalive, async_op, *place)
 
     def _run(
         self,
@@ -286,7 +301,10 @@ class Communicator:
     ) -> Any:
         """One message. Its result is the target's owner: None without a target."""
         result = None if target is None else target.owner
-        operands = [_operand(source, target)]
+        if source.device != CPU:
+            part = self._run_on_gpu(kind, op_index, root, [source], [target], [], async_op)
+            return Work((part,), result) if async_op else result
+        operands = [operand(source, target)]
         keepalive = (source.owner, result)
         work = self._submit(kind, op_index, source.dtype, root, operands, keepalive, async_op)
         return Work((work,), result) if async_op else result
@@ -300,27 +318,97 @@ class Communicator:
         targets: list[Array],
         async_op: bool,
     ) -> Any:
-        """One message for each dtype, in order of first appearance."""
-        messages: dict[int, list[tuple]] = {}
-        for source, target in zip(sources, targets, strict=True):
-            messages.setdefault(source.dtype, []).append(_operand(source, target))
+        """One message for each dtype and device, in order of first appearance."""
+        messages: dict[tuple[int, int], list[int]] = {}  # of sources
+        for i, source in enumerate(sources):
+            messages.setdefault((source.dtype, source.device), []).append(i)
+        stamps: list[tuple] = []
         if len(messages) != 1:
             # Message by message, the core would not see that lists differ in how their dtypes
             # interleave, or that one is empty. So the first message ends in an operand without
             # elements whose shape stands for the whole list.
-            first = next(iter(messages), 0)
-            whole = repr([(array.dtype, *array.shape) for array in sources])
-            stamp = (0, 0, (0, zlib.crc32(whole.encode())), None, None)
-            messages.setdefault(first, []).append(stamp)
+            whole = repr([(x.dtype, x.device != CPU, *x.shape) for x in sources])
+            stamps = [(0, 0, (0, zlib.crc32(whole.encode())), None, None)]
+            messages = messages or {(0, CPU): []}
+        for members in messages.values():
+            for i in members[1:]:
+                check_together(sources[members[0]], sources[i])
         if targets is sources:
             for array in targets:
                 tensors.mark_written(array)
         results = [target.owner for target in targets]
-        works = [
-            self._submit(kind, op_index, dtype, root, operands, (sources, results), async_op)
-            for dtype, operands in messages.items()
-        ]
+        works: list[_core.Work | DeviceWork] = []
+        for (dtype, device), members in messages.items():
+            mine, theirs = [sources[i] for i in members], [targets[i] for i in members]
+            if device != CPU:
+                work = self._run_on_gpu(kind, op_index, root, mine, theirs, stamps, async_op)
+                works.append(work)
+            else:
+                operands = [*map(operand, mine, theirs), *stamps]
+                keepalive = (sources, results)
+                works.append(
+                    self._submit(kind, op_index, dtype, root, operands, keepalive, async_op)
+                )
+            stamps = []
         return Work(works, results, give_up=self.core.abort) if async_op else results
+
+    def _run_on_gpu(
+        self,
+        kind: int,
+        op_index: int,
+        root: int,
+        sources: Sequence[Array],
+        targets: Sequence[Array | None],
+        stamps: list[tuple],
+        async_op: bool,
+    ) -> DeviceWork:
+        """One message of tensors on one GPU. In a blocking call the caller's stream has it then."""
+        packed = DeviceOperands(sources, targets)
+        shapes = [source.shape for source in sources]
+        operands = [
+            (*addresses, shape, None, None)
+            for addresses, shape in zip(packed.addresses, shapes, strict=True)
+        ]
+        operands += stamps
+        dtype, place = sources[0].dtype, self._place(packed)
+        part = self._submit(
+            kind, op_index, dtype, root, operands, packed.keepalive, async_op, *place
+        )
+        if not async_op:
+            packed.unpack()
+        return DeviceWork(part, packed)
+
+    def _place(self, packed: DeviceOperands) -> tuple[int, int]:
+        """GPU and stream, for the core."""
+        if packed.stream in DEFAULT_STREAMS and self.bootstrap.in_process and self.size > 1:
+            raise ValueError(
+                "ranks that are threads of one process must not use the default stream of a GPU, "
+                "on which each would wait for the others: enter torch.cuda.stream("
+                "torch.cuda.Stream()), as ringreduce.testing.run_threads does for its threads"
+            )
+        return packed.device, packed.stream
+
+    def _gather(
+        self, source: Array, async_op: bool
+    ) -> tuple[_core.Work | DeviceWork, Callable[[], tuple[Any, list[int]]]]:
+        """What waits for an allgather, and what makes of it then the result, and all ranks' rows.
+
+        On a GPU the result must be there before: the host meets the others, also with async_op.
+        """
+        if source.device == CPU:
+            tensor = (source.address, 0, source.shape, source.strides, None)
+            part = self._submit(ALLGATHER, 0, source.dtype, 0, [tensor], source.owner, async_op)
+            return part, lambda: (
+                tensors.gathered(source, part.output(), sum(part.counts)),
+                part.counts,
+            )
+        # Rows without elements: nothing moves but their number.
+        rows = (0, 0, (*(source.shape or (1,)), 0), None, None)
+        counts = self._submit(ALLGATHER, 0, source.dtype, 0, [rows], None, False).counts
+        result = tensors.empty_rows(source, sum(counts))
+        targets = [describe(result)]
+        work = self._run_on_gpu(ALLGATHER, 0, 0, [source], targets, [], async_op)
+        return work, lambda: (result, counts)
 
     def check_root(self, root: int) -> int:
         """Local, before anything is sent: raises TypeError or ValueError unless it is a rank."""
@@ -379,36 +467,6 @@ class _GroupExchange:
                     + messages[rank][1:].decode()
                 )
         return [messages[rank][1:] for rank in self._members]
-
-
-def _operand(source: Array, target: Array | None) -> tuple:
-    if target is None:
-        return source.address, 0, source.shape, source.strides, None
-    return source.address, target.address, source.shape, source.strides, target.strides
-
-
-def _check_op(op: str, dtype: int) -> int:
-    try:
-        return OP_INDEX[op, dtype]
-    except (KeyError, TypeError):
-        if op in tuple(_core.OPS):
-            name = tensors.DTYPE_NAMES[dtype]
-            raise TypeError(
-                f"op {op!r} is not defined for {name}: use another op or dtype"
-            ) from None
-        raise ValueError(f"op must be one of {', '.join(_core.OPS)}, not {op!r}") from None
-
-
-def _check_group_op(op: str, arrays: list[Array]) -> int:
-    for array in arrays:
-        _check_op(op, array.dtype)
-    return _check_op(op, _core.DTYPES["float64"])  # which has every op: the list may be empty
-
-
-def _describe_list(xs: Iterable[Any], writable: bool = False) -> list[Array]:
-    if tensors.is_tensor(xs):
-        raise TypeError("xs must be a list of tensors, not one tensor")
-    return tensors.describe_all(((f"xs[{i}]", x) for i, x in enumerate(xs)), writable)
 
 
 def _pack_color(color: int, key: int) -> bytes:

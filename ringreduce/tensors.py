@@ -1,4 +1,4 @@
-"""What a tensor is: the only module that knows torch and numpy.
+"""What a tensor is: with gpu_tensors.py the only module that knows torch, numpy and cupy.
 
 Turns an operand into an address, a shape and strides, and makes new arrays of the operand's own
 kind. Copies nothing but torch's lazy views. Never imports torch: where nobody did, no operand can
@@ -10,59 +10,33 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringreduce import _core, profiling
-
-DTYPE_NAMES = tuple(sorted(_core.DTYPES, key=_core.DTYPES.__getitem__))
-
-
-class Array(NamedTuple):
-    """A tensor as the core sees it. Whoever submits the address keeps the owner alive."""
-
-    address: int  # 0 only where there are no elements
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] | None  # bytes, may be negative; None: C-contiguous and aligned
-    dtype: int  # index into _core.DTYPES
-    itemsize: int  # bytes
-    owner: Any  # the tensor itself
-    framework: Framework
-
-    def __str__(self) -> str:
-        return f"{DTYPE_NAMES[self.dtype]} {tuple(self.shape)}"
-
-
-class Framework(Protocol):
-    """What each library of tensors can do. A dtype is the library's own object, as in x.dtype."""
-
-    def describe(self, x: Any, writable: bool) -> Array: ...
-
-    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """Uninitialised and C-contiguous."""
-
-    def empty_like(self, x: Any) -> Any:
-        """Uninitialised, detached, with the strides of x where x is dense."""
-
-    def copy(self, x: Any) -> Any:
-        """As empty_like, with the values of x."""
-
-    def view(self, buffer: np.ndarray, shape: Sequence[int], dtype: Any) -> Any:
-        """A uint8 array of the right size, seen as shape and dtype. Keeps the buffer alive."""
-
-    def mark_written(self, x: Any) -> None:
-        """Tells the library that the values of x change behind its back."""
+from ringreduce import _core, gpu_tensors, profiling
+from ringreduce.arrays import (
+    CPU,
+    Array,
+    Framework,
+    check_apart,
+    check_together,
+    checked,
+    cuda_unavailable,
+    index_of,
+    refuse_device,
+    unsupported,
+    walk,
+)
 
 
 def describe(x: Any, writable: bool = False) -> Array:
     """Where x lies. writable: x will be overwritten.
 
-    Raises TypeError for what is no tensor in CPU memory of one of the twelve dtypes, ValueError for
-    memory that cannot be written as asked. `owner` differs from x only for a lazy (conjugate,
-    negative) view.
+    Raises TypeError for what is no tensor of one of the twelve dtypes in memory of the CPU or of a
+    GPU, ValueError for memory that cannot be written as asked. `owner` differs from x only for a
+    lazy (conjugate, negative) view.
     """
     framework = _framework_by_type.get(type(x))
     if framework is None:
@@ -83,9 +57,7 @@ def describe_all(named: Iterable[tuple[str, Any]], writable: bool = False) -> li
 
 def is_tensor(x: Any) -> bool:
     """Whether x is of a type that describe takes, whatever its dtype and device."""
-    return isinstance(x, np.ndarray) or (
-        "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
-    )
+    return isinstance(x, np.ndarray) or _is_torch(x) or gpu_tensors.is_cupy(x)
 
 
 def describe_out(out: Any, x: Array) -> Array:
@@ -95,24 +67,10 @@ def describe_out(out: Any, x: Array) -> Array:
         raise TypeError(f"out must have the dtype of x: x is {x}, out is {target}")
     if target.shape != x.shape:
         raise ValueError(f"out must have the shape of x: x is {x}, out is {target}")
-    if _walk(target) != _walk(x):
+    check_together(x, target)
+    if walk(target) != walk(x):
         check_apart([x, target])
     return target
-
-
-def check_apart(arrays: Iterable[Array]) -> None:
-    """Raises ValueError if any two of the arrays share memory."""
-    reaching: list[tuple[int, Array]] = []  # (end, array) of those that may reach the next one
-    bounded = [(*_bounds(array), array) for array in arrays]
-    for begin, end, array in sorted(bounded, key=operator.itemgetter(0)):
-        reaching = [(other_end, other) for other_end, other in reaching if other_end > begin]
-        for _, other in reaching:
-            if np.shares_memory(_raw_view(array), _raw_view(other)):
-                raise ValueError(
-                    f"two operands share memory ({other} and {array}): what is written must not "
-                    "overlap anything else that the call reads or writes. Copy one of them first"
-                )
-        reaching.append((end, array))
 
 
 def copy_of(x: Array) -> Any:
@@ -125,7 +83,7 @@ def empty_like(x: Array) -> Any:
 
 def empty_rows(x: Array, rows: int) -> Any:
     """A new array like x with another number of rows."""
-    return x.framework.empty((rows, *x.shape[1:]), x.owner.dtype)
+    return x.framework.empty((rows, *x.shape[1:]), x.owner.dtype, x.device)
 
 
 def gathered(x: Array, buffer: np.ndarray, rows: int) -> Any:
@@ -148,36 +106,48 @@ class Blank(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     framework: Framework
+    device: int = CPU
 
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
     def allocate(self) -> Any:
-        return self.framework.empty(self.shape, self.dtype)
+        return self.framework.empty(self.shape, self.dtype, self.device)
 
-    def on(self, buffer: np.ndarray) -> Any:
+    def on(self, buffer: Any) -> Any:
         """The array on memory of size_bytes bytes, which it keeps alive."""
+        if self.size_bytes == 0:
+            return self.allocate()
         return self.framework.view(buffer, self.shape, self.dtype)
 
 
 def blank(shape: int | Sequence[int], dtype: Any, device: Any = None) -> Blank:
-    """A torch dtype makes a torch tensor, anything that numpy takes for a dtype a numpy array."""
+    """A torch dtype makes a torch tensor; anything that numpy takes for a dtype a numpy array, on
+    a GPU one of cupy.
+
+    device: None is the CPU; "cuda" the caller's current GPU. Raises TypeError for a device whose
+    memory cannot be sent.
+    """
     extents = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
     if any(extent < 0 for extent in extents):
         raise ValueError(f"negative extent in shape {extents}")
-    if device is not None and str(device).partition(":")[0] != "cpu":
-        raise TypeError(_no_device(device))
+    kind, _, number = ("cpu" if device is None else str(device)).partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and cuda_unavailable()):
+        raise TypeError(refuse_device(device))
     if "torch" in sys.modules and isinstance(dtype, sys.modules["torch"].dtype):
         torch = _torch_framework()
         torch.index_of(dtype)
-        return Blank(extents, dtype, torch)
+        return Blank(extents, dtype, torch, CPU if kind == "cpu" else torch.gpu(number))
     try:
         numpy_dtype = np.dtype("None" if dtype is None else dtype)  # numpy takes None for float64
     except TypeError:
-        raise TypeError(_unsupported(f"dtype {dtype!r}, which numpy does not know,")) from None
+        raise TypeError(unsupported(f"dtype {dtype!r}, which numpy does not know,")) from None
     _numpy.index_of(numpy_dtype)
-    return Blank(extents, numpy_dtype, _numpy)
+    if kind == "cpu":
+        return Blank(extents, numpy_dtype, _numpy)
+    cupy = gpu_tensors.cupy()
+    return Blank(extents, numpy_dtype, cupy, cupy.gpu(number))
 
 
 class _Numpy:
@@ -195,22 +165,14 @@ class _Numpy:
         address = x.ctypes.data
         if flags.c_contiguous and flags.aligned:
             return Array(address, x.shape, None, dtype, x.itemsize, x, self)
-        return _checked(Array(address, x.shape, x.strides, dtype, x.itemsize, x, self), writable)
+        return checked(Array(address, x.shape, x.strides, dtype, x.itemsize, x, self), writable)
 
     def index_of(self, dtype: np.dtype) -> int:
-        if not dtype.isnative:
-            raise TypeError(
-                f"dtype {dtype.str} is not in this machine's byte order: "
-                "use x.astype(x.dtype.newbyteorder('='))"
-            )
-        # By name: bfloat16 is not numpy's own, ml_dtypes registers it.
-        index = _core.DTYPES.get(dtype.name)
-        if index is None:
-            raise TypeError(_unsupported(f"numpy dtype {dtype}"))
+        index = index_of(dtype)
         self._dtypes[dtype] = index
         return index
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+    def empty(self, shape: Sequence[int], dtype: Any, device: int = CPU) -> np.ndarray:
         return np.empty(shape, dtype)
 
     def empty_like(self, x: np.ndarray) -> np.ndarray:
@@ -246,8 +208,10 @@ class _Torch:
 
     def describe(self, x: Any, writable: bool) -> Array:
         dtype = self._dtypes.get(x.dtype)
+        device = CPU
         if dtype is None or x.layout is not self._strided or not x.is_cpu or x.is_nested:
-            raise TypeError(self._what_is_wrong(x))
+            device = self._gpu_of(x)
+            assert dtype is not None  # or that has raised
         if x.is_neg() or x.is_conj():
             if writable:
                 raise ValueError(
@@ -258,25 +222,36 @@ class _Torch:
         index, itemsize = dtype
         address = x.data_ptr()
         if x.is_contiguous() and address and address % itemsize == 0:
-            return Array(address, x.shape, None, index, itemsize, x, self)
+            return Array(address, x.shape, None, index, itemsize, x, self, device)
         strides = tuple(stride * itemsize for stride in x.stride())
-        return _checked(Array(address, x.shape, strides, index, itemsize, x, self), writable)
+        array = Array(address, x.shape, strides, index, itemsize, x, self, device)
+        return checked(array, writable)
 
     def index_of(self, dtype: Any) -> int:
         if dtype not in self._dtypes:
-            raise TypeError(_unsupported(str(dtype)))
+            raise TypeError(unsupported(str(dtype)))
         return self._dtypes[dtype][0]
 
-    def _what_is_wrong(self, x: Any) -> str:
+    def _gpu_of(self, x: Any) -> int:
+        """The number of its GPU. Raises TypeError for what is not plain memory of one."""
         if x.layout is not self._strided or x.is_nested:
             layout = "nested" if x.is_nested else str(x.layout)
-            return f"only dense tensors can be sent, this one is {layout}: use x.to_dense()"
+            raise TypeError(
+                f"only dense tensors can be sent, this one is {layout}: use x.to_dense()"
+            )
         if x.dtype not in self._dtypes:
-            return _unsupported(str(x.dtype))
-        return _no_device(x.device)
+            raise TypeError(unsupported(str(x.dtype)))
+        if not x.is_cuda or cuda_unavailable():
+            raise TypeError(refuse_device(x.device))
+        return int(x.get_device())
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        return self._torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    def gpu(self, number: str) -> int:
+        """The GPU of that number; of none, the current one."""
+        return int(number) if number else int(self._torch.cuda.current_device())
+
+    def empty(self, shape: Sequence[int], dtype: Any, device: int = CPU) -> Any:
+        place = "cpu" if device == CPU else self._torch.device("cuda", device)
+        return self._torch.empty(tuple(shape), dtype=dtype, device=place)
 
     def empty_like(self, x: Any) -> Any:
         return self._torch.empty_like(x, requires_grad=False)
@@ -284,13 +259,34 @@ class _Torch:
     def copy(self, x: Any) -> Any:
         return x.detach().clone()
 
-    def view(self, buffer: np.ndarray, shape: Sequence[int], dtype: Any) -> Any:
-        if buffer.size == 0:  # torch cannot reinterpret an empty tensor
+    def view(self, buffer: Any, shape: Sequence[int], dtype: Any) -> Any:
+        if 0 in shape:  # torch cannot reinterpret an empty tensor
             return self.empty(shape, dtype)
-        return self._torch.from_numpy(buffer).view(dtype).view(tuple(shape))
+        on_cpu = isinstance(buffer, np.ndarray)
+        flat = (self._torch.from_numpy if on_cpu else self._torch.from_dlpack)(buffer)
+        return flat.view(dtype).view(tuple(shape))
 
     def mark_written(self, x: Any) -> None:
         self._increment_version([x])
+
+    def stream(self, device: int) -> int:
+        return int(self._torch._C._cuda_getCurrentRawStream(device))
+
+    def event(self, device: int) -> Callable[[int], None]:
+        cuda = self._torch.cuda
+        event = cuda.current_stream(device).record_event()
+        return lambda stream: cuda.ExternalStream(stream, device=device).wait_event(event)
+
+    def flatten(self, xs: Sequence[Any]) -> Any:
+        return self._torch.cat([x.detach().reshape(-1) for x in xs])
+
+    def split(self, flat: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def assign(self, targets: Sequence[Any], sources: Sequence[Any]) -> None:
+        with self._torch.no_grad():
+            self._torch._foreach_copy_([x.detach() for x in targets], list(sources))
 
 
 _numpy = _Numpy()
@@ -303,7 +299,9 @@ def _find_framework(x: Any) -> Framework:
         raise TypeError("a masked array would be sent without its mask: use x.filled(...)")
     if isinstance(x, np.ndarray):
         framework: Framework = _numpy
-    elif is_tensor(x):
+    elif gpu_tensors.is_cupy(x):
+        framework = gpu_tensors.cupy()
+    elif _is_torch(x):
         tensor = sys.modules["torch"].Tensor
         if type(x).__torch_dispatch__ is not tensor.__torch_dispatch__:
             raise TypeError(
@@ -318,88 +316,13 @@ def _find_framework(x: Any) -> Framework:
     return _framework_by_type.setdefault(type(x), framework)
 
 
+def _is_torch(x: Any) -> bool:
+    return "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
+
+
 def _torch_framework() -> _Torch:
     tensor = sys.modules["torch"].Tensor
     framework = _framework_by_type.get(tensor)
     if not isinstance(framework, _Torch):
         framework = _framework_by_type[tensor] = _Torch(sys.modules["torch"])
     return framework
-
-
-def _checked(x: Array, writable: bool) -> Array:
-    """For what is not plainly contiguous. Where only the alignment is amiss, strides tell the core
-    to copy element by element."""
-    if 0 in x.shape:
-        return x._replace(strides=None)
-    if x.address == 0:
-        raise ValueError("the tensor has no memory: its storage was freed or never allocated")
-    if writable and _overlaps_itself(x):
-        raise ValueError(
-            f"elements of the tensor share memory ({x}, strides {x.strides} bytes: expanded or "
-            "broadcast?), and this call writes to it: copy it first"
-        )
-    return x
-
-
-def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _overlaps_itself(x: Array) -> bool:
-    """Whether two elements share a byte."""
-    walk = sorted((abs(stride), extent) for extent, stride in _walk(x)[1])
-    if walk and walk[0][0] == 0:
-        return True
-    reach = x.itemsize  # bytes that the dimensions so far span
-    for stride, extent in walk:
-        if stride < reach:
-            return _offsets_collide(walk, x.itemsize)
-        reach += stride * (extent - 1)
-    return False
-
-
-def _offsets_collide(walk: list[tuple[int, int]], itemsize: int) -> bool:
-    """By the offset of each element: for rare strides that interleave, yet may be disjoint."""
-    offsets = np.zeros(1, np.int64)
-    for stride, extent in walk:
-        offsets = np.add.outer(offsets, stride * np.arange(extent)).ravel()
-    offsets.sort()
-    return bool((np.diff(offsets) < itemsize).any())
-
-
-def _walk(x: Array) -> tuple[int, list[tuple[int, int]]]:
-    """Where the elements are, in order: equal for equal elements whatever the strides of size 1."""
-    strides = x.strides or _contiguous_strides(x.shape, x.itemsize)
-    return x.address, [(n, s) for n, s in zip(x.shape, strides, strict=True) if n > 1]
-
-
-def _bounds(x: Array) -> tuple[int, int]:
-    """The half-open range of addresses that the elements lie in."""
-    if 0 in x.shape:
-        return x.address, x.address
-    steps = [s * (n - 1) for n, s in _walk(x)[1]]
-    begin = x.address + sum(step for step in steps if step < 0)
-    return begin, x.address + sum(step for step in steps if step > 0) + x.itemsize
-
-
-def _raw_view(x: Array) -> np.ndarray:
-    """The same memory as an array of opaque items, for numpy's overlap test; not to be read."""
-    interface = {
-        "version": 3,
-        "data": (x.address, True),
-        "shape": tuple(x.shape),
-        "strides": x.strides,
-        "typestr": f"|V{x.itemsize}",
-    }
-    return np.asarray(SimpleNamespace(__array_interface__=interface))
-
-
-def _unsupported(what: str) -> str:
-    return f"{what} is not supported: use one of {', '.join(DTYPE_NAMES)}"
-
-
-def _no_device(device: Any) -> str:
-    return (
-        f"the tensor is on device {device}, but this build of ringreduce moves CPU memory only "
-        f"(CUDA: {_core.build_info().get('cuda', 'unavailable')}): use x.cpu()"
-    )

@@ -8,6 +8,30 @@ from typing import Any
 
 from ringreduce import _core
 from ringreduce.errors import MismatchError
+from ringreduce.operands import DeviceOperands
+
+
+class DeviceWork:
+    """A part of a Work whose tensors are on a GPU, where the core's is expected."""
+
+    __slots__ = ("_part", "_operands")
+
+    def __init__(self, part: _core.Work, operands: DeviceOperands) -> None:
+        self._part = part
+        self._operands = operands
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """The host waits until it is on its way; the caller's current stream, for its end."""
+        self._part.wait(timeout_s, self._operands.current_stream())
+        self._operands.unpack()
+
+    def done(self) -> bool:
+        """Whether the device has finished it."""
+        return self._part.done()
+
+    def times_ns(self) -> tuple[int, int]:
+        """Of the host."""
+        return self._part.times_ns()
 
 
 class Work:
@@ -20,7 +44,7 @@ class Work:
 
     def __init__(
         self,
-        parts: Sequence[_core.Work],
+        parts: Sequence[_core.Work | DeviceWork],
         result: Any = None,
         finish: Callable[[], Any] | None = None,
         give_up: Callable[[str], None] | None = None,
@@ -33,6 +57,9 @@ class Work:
 
     def wait(self, timeout: float | None = None) -> Any:
         """Waits until the call has ended and returns its result, every time the same object.
+
+        For tensors on a GPU the caller's current stream waits, the host only until the call is on
+        its way there; with a timeout, the host too.
 
         timeout: seconds; None waits as long as the communicator allows. Raises TimeoutError when it
         expires: the call goes on, and wait may be called again. Raises the error of the call if it
@@ -55,9 +82,13 @@ class Work:
         return self._result
 
     def times_ns(self) -> tuple[int, int]:
-        """When it began and ended on this rank, of time.monotonic_ns(): once it has ended."""
+        """When it began and ended on this rank, of time.monotonic_ns(): once it has ended.
+
+        On a GPU it has ended, here, when the host has launched it.
+        """
         return self._parts[0].times_ns()[0], self._parts[-1].times_ns()[1]
 
     def done(self) -> bool:
-        """Whether wait would return, or raise, at once."""
+        """Whether wait would return, or raise, at once; for tensors on a GPU, whether the device
+        has finished."""
         return all(part.done() for part in self._parts)

@@ -44,7 +44,7 @@ CXX_HOMES = {
 PYTHON_ORDER = (
     *("_core", "errors", "settings"),
     *("profiling", "recording"),
-    *("tensors", "work", "bootstrap", "launch"),
+    *("arrays", "gpu_tensors", "tensors", "operands", "work", "bootstrap", "launch"),
     *("communicator", "ending", "world"),
     *("collectives", "broadcasting", "clocks", "timeline"),
     *("buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
@@ -59,7 +59,7 @@ PYTHON_ORDER = (
 UPWARD = {("communicator", "broadcasting")}
 # Who may know torch: its arrays, its store, its models, and the programs.
 TORCH_MODULES = {
-    *("profiling", "tensors", "bootstrap", "launch"),
+    *("profiling", "gpu_tensors", "tensors", "bootstrap", "launch"),
     *("broadcasting", "buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("bench_peers", "bench", "info", "simulate"),

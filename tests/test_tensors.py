@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ringreduce import tensors
 from ringreduce._core import DTYPES
-from ringreduce.tensors import Array, describe
+from ringreduce.tensors import Array, check_apart, describe
 
 torch = pytest.importorskip("torch")
 
@@ -452,9 +452,9 @@ def test_out_that_overlaps_x(x_of, out_of):
 def test_check_apart_finds_what_a_long_one_covers():
     memory = np.zeros(100)
     apart = [memory[::10], memory[1:3], memory[5:10], memory[:0], memory[95:95]]
-    tensors.check_apart([describe(x) for x in apart])
+    check_apart([describe(x) for x in apart])
     with pytest.raises(ValueError, match="share memory"):
-        tensors.check_apart([describe(x) for x in [*apart, memory[49:51]]])
+        check_apart([describe(x) for x in [*apart, memory[49:51]]])
 
 
 # ---- Against brute force.
@@ -493,7 +493,7 @@ def test_overlap_with_each_other(data, itemsize):
     sets = [set(touched(view)) for view in views]
     overlap = any(a & b for a, b in itertools.combinations(sets, 2))
     try:
-        tensors.check_apart([describe(view) for view in views])
+        check_apart([describe(view) for view in views])
     except ValueError:
         assert overlap
     else:
