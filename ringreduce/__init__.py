@@ -26,6 +26,7 @@ from ringreduce.collectives import (
     reduce_scatter,
 )
 from ringreduce.communicator import Communicator
+from ringreduce.compiling import stay_out
 from ringreduce.errors import (
     CollectiveTimeout,
     MismatchError,
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from ringreduce.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 
 __version__ = build_info()["version"]
+
+stay_out()
 
 __all__ = [
     "Codec",

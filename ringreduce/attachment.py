@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import weakref
 from collections.abc import Collection, Iterator
 from types import TracebackType
@@ -309,6 +310,8 @@ class _Handle(Attachment):
             self.module.register_forward_pre_hook(before, prepend=True),
             self.module.register_forward_hook(after),
         ]
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code does not look whether hooks have come since
 
     def close(self) -> None:
         """As DistributedModel.close."""

@@ -7,7 +7,6 @@ part. How groups are made is in c10d.py, how they are waited for in c10d_work.py
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,8 +34,6 @@ OPS = (
 DTYPES = {getattr(torch, name) for name in _core.DTYPES}
 # Where values are only moved, any dtype will do, as one of the same size.
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-
-_hidden: list[bool] = []  # whether torch.compile knows that it is to leave us alone
 
 Open = Callable[[str, int, int], Communicator]  # part of the group, rank, size
 Gathered = tuple[Tensor, list[int]]
@@ -322,8 +319,6 @@ class ProcessGroup(_ProcessGroup):
     # ---- Parts of the above.
 
     def _comm(self) -> Communicator:
-        if not _hidden and "torch._dynamo" in sys.modules:
-            _hide_from_compiler()
         if not self._callbacks.here():
             return self._main
         if self._of_callbacks is None:
@@ -381,18 +376,6 @@ class ProcessGroup(_ProcessGroup):
                 "ranks: give the split sizes"
             )
         return list(tensor.chunk(self.size())) if tensor.shape[0] else [tensor] * self.size()
-
-
-def _hide_from_compiler() -> None:
-    """torch.compile would look into what torch's C++ calls, too, where it cannot tell what self is.
-
-    Importing its half of torch takes a second: so not before somebody else has.
-    """
-    for kind in (ProcessGroup, GroupWork):
-        for name, method in list(vars(kind).items()):
-            if not name.startswith("_") and callable(method):
-                setattr(kind, name, torch._dynamo.disable(method))
-    _hidden.append(True)
 
 
 def _waitable(started: Any, asynchronous: bool) -> Waitable:

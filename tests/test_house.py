@@ -46,7 +46,7 @@ PYTHON_ORDER = (
     *("profiling", "recording"),
     *("arrays", "gpu_tensors", "tensors", "operands", "work", "bootstrap", "launch"),
     *("communicator", "ending", "world"),
-    *("collectives", "broadcasting", "clocks", "timeline"),
+    *("collectives", "broadcasting", "clocks", "timeline", "compiling"),
     *("buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
