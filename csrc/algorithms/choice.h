@@ -30,26 +30,31 @@ constexpr double tree_time_s(size_t count, int size, size_t chunk, Link link, Dt
          (chunks - 1) * (one_s > busy_s ? one_s : busy_s);
 }
 
-constexpr double across_time_s(AcrossChoice choice, size_t count, int nodes, Link link,
-                               Dtype dtype) {
+/// `lanes`: of a ring. Where all of them are busy, they hide most of each other's latency.
+constexpr double across_time_s(AcrossChoice choice, size_t count, int nodes, Link link, Dtype dtype,
+                               size_t lanes = 1) {
   if (choice.algorithm == Across::tree) {
     return tree_time_s(count, nodes, choice.chunk, link, dtype);
+  }
+  if (choice.algorithm == Across::ring &&
+      Blocks::even(count, nodes).rounds(choice.chunk) >= lanes) {
+    link.alpha_s /= static_cast<double>(lanes);
   }
   return across_cost(choice.algorithm, count, nodes, choice.chunk, 0).time_s(link, dtype);
 }
 
 /// The best for `count` elements per rank, in chunks of `most_chunk` elements at most.
 constexpr AcrossChoice choose_across(size_t count, int nodes, Link link, Dtype dtype,
-                                     size_t most_chunk) {
+                                     size_t most_chunk, size_t lanes = 1) {
   const size_t share = (count + static_cast<size_t>(nodes) - 1) / static_cast<size_t>(nodes);
   const auto within = [&](size_t elements) {
     const size_t most = elements < most_chunk ? elements : most_chunk;
     return most > 0 ? most : 1;
   };
   AcrossChoice best{Across::doubling, within(count)};
-  double best_s = across_time_s(best, count, nodes, link, dtype);
+  double best_s = across_time_s(best, count, nodes, link, dtype, lanes);
   const auto consider = [&](AcrossChoice candidate) {
-    const double time_s = across_time_s(candidate, count, nodes, link, dtype);
+    const double time_s = across_time_s(candidate, count, nodes, link, dtype, lanes);
     if (time_s < best_s) {
       best_s = time_s;
       best = candidate;
@@ -71,25 +76,27 @@ struct NodesChoice {
 };
 
 constexpr double hierarchical_time_s(const Rails& rails, int local_size, int nodes,
-                                     AcrossChoice across, Link inside, Link link, Dtype dtype) {
+                                     AcrossChoice across, Link inside, Link link, Dtype dtype,
+                                     size_t lanes = 1) {
   const HierarchicalCost cost =
       hierarchical_cost(rails, local_size, nodes, 0, 0, across.algorithm, across.chunk);
   const size_t shard = rails.shards(0, local_size).largest();
-  return cost.time_s(inside, across_time_s(across, shard, nodes, link, dtype), dtype);
+  return cost.time_s(inside, across_time_s(across, shard, nodes, link, dtype, lanes), dtype);
 }
 
 /// Segments hide the phases inside behind the network, but each pays the network's latency.
 constexpr NodesChoice choose_hierarchical(size_t count, int nodes, int local_size, Link inside,
-                                          Link link, Dtype dtype, size_t most_chunk) {
+                                          Link link, Dtype dtype, size_t most_chunk,
+                                          size_t lanes = 1) {
   NodesChoice best;
   const size_t ranks = static_cast<size_t>(local_size);
   for (size_t segments = 1; segments <= 64 && (segments == 1 || segments * ranks <= count);
        segments *= 2) {
     const Rails rails{local_size, count, (count + segments - 1) / segments + (count == 0)};
     const size_t shard = rails.shards(0, local_size).largest();
-    const AcrossChoice across = choose_across(shard, nodes, link, dtype, most_chunk);
+    const AcrossChoice across = choose_across(shard, nodes, link, dtype, most_chunk, lanes);
     const double time_s =
-        hierarchical_time_s(rails, local_size, nodes, across, inside, link, dtype);
+        hierarchical_time_s(rails, local_size, nodes, across, inside, link, dtype, lanes);
     if (segments == 1 || time_s < best.time_s) best = {rails.segment, across, time_s};
   }
   return best;

@@ -3,6 +3,7 @@
 #include "comm/communicator.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -178,9 +179,9 @@ Algorithm algorithm_named(const std::string& name) {
 void construct(PyCommunicator* self, int rank, int size, nb::callable exchange, bool in_process,
                double timeout_s, double warn_after_s, const std::string& algorithm,
                const std::string& name, std::shared_ptr<Trace> trace, const std::string& host,
-               nb::object open_network) {
-  Options options{in_process, timeout_s, warn_after_s,    algorithm_named(algorithm),
-                  name,       host,      std::move(trace)};
+               nb::object open_network, Measured measured) {
+  Options options{in_process, timeout_s, warn_after_s,     algorithm_named(algorithm),
+                  name,       host,      std::move(trace), std::move(measured)};
   OpenNetwork native_network;
   if (!open_network.is_none()) {
     native_network = [&open_network] {
@@ -266,6 +267,22 @@ std::string choice(PyCommunicator& self, int kind, size_t message_bytes) {
   return algorithm_names[static_cast<size_t>(choice.algorithm)];
 }
 
+/// Of an allreduce of so many bytes of float32: (algorithm, segments, bytes of a chunk, seconds).
+nb::tuple forecast(PyCommunicator& self, size_t message_bytes) {
+  const Core& core = self.communicator->core();
+  const int local_size = core.cluster ? core.cluster->rails() : core.node.local_size();
+  const Forecast found = core.tuner.forecast(message_bytes, core.node.num_nodes(), local_size);
+  return nb::make_tuple(found.algorithm, found.segments, found.chunk_bytes, found.time_s);
+}
+
+nb::dict constants(PyCommunicator& self) {
+  nb::dict values;
+  for (const ConstantName& each : constant_names) {
+    values[each.name] = self.communicator->core().tuner.constants().*each.value;
+  }
+  return values;
+}
+
 void drain(PyCommunicator& self, double timeout_s) {
   Signals signals;
   const bool ended =
@@ -296,7 +313,7 @@ void register_communicator(nb::module_& m) {
       .def("__init__", &construct, nb::arg("rank"), nb::arg("size"), nb::arg("exchange"),
            nb::kw_only(), nb::arg("in_process"), nb::arg("timeout_s"), nb::arg("warn_after_s"),
            nb::arg("algorithm"), nb::arg("name"), nb::arg("trace"), nb::arg("host") = "",
-           nb::arg("open_network") = nb::none())
+           nb::arg("open_network") = nb::none(), nb::arg("measured") = Measured{})
       .def_prop_ro("rank", [core](PyCommunicator& self) { return core(self).rank; })
       .def_prop_ro("size", [core](PyCommunicator& self) { return core(self).size; })
       .def_prop_ro("local_rank",
@@ -327,6 +344,8 @@ void register_communicator(nb::module_& m) {
       .def("window_info", &window_info)
       .def("gpu_info", &gpu_info)
       .def("choice", &choice)
+      .def("forecast", &forecast)
+      .def("constants", &constants)
       .def("stats", &stats);
 }
 

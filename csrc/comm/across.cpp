@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "algorithms/choice.h"
 #include "algorithms/doubling.h"
 #include "algorithms/hierarchical.h"
 #include "algorithms/ring.h"
@@ -226,24 +225,11 @@ class AcrossNodes {
     });
   }
 
-  /// Of a network that nobody has measured: one of 10 Gbit/s with TCP, shared by a node's rails.
-  /// Where all lanes of a ring are busy, they hide most of each other's latency.
-  AcrossChoice choose_for_rail(size_t count) const {
-    const size_t chunk = NetWire::slot_bytes / partial_bytes_;
-    const auto nodes = static_cast<size_t>(cluster_.nodes());
-    const double hidden = count / nodes >= NetWire::lanes * chunk ? NetWire::lanes : 1;
-    const Link link{20e-6 / hidden, 0.8e-9 * cluster_.rails()};
-    return choose_across(count, cluster_.nodes(), link, call_.dtype, chunk);
-  }
-
-  /// A segment's shard is large enough to keep the rail's ring busy: so many chunks per node.
   void hierarchical(const Message& message, size_t count) {
-    constexpr size_t chunks_per_block = 16;
-    const auto nodes = static_cast<size_t>(cluster_.nodes());
-    const size_t shard = nodes * chunks_per_block * (NetWire::slot_bytes / partial_bytes_);
-    const Rails rails{cluster_.rails(), count, shard * static_cast<size_t>(cluster_.rails()),
-                      block_granule};
-    Segments segments(*this, message, rails);
+    const NodesChoice choice =
+        core_.tuner.across(count, cluster_.nodes(), cluster_.rails(), call_.dtype);
+    const Rails rails{cluster_.rails(), count, choice.segment, block_granule};
+    Segments segments(*this, message, rails, choice.across);
     hierarchical_allreduce(segments, rails.segments(), rails.segments() > 1 ? 1 : 0);
   }
 
@@ -251,8 +237,8 @@ class AcrossNodes {
   /// engine meanwhile.
   class Segments {
    public:
-    Segments(AcrossNodes& across, const Message& message, const Rails& rails)
-        : across_(across), message_(message), rails_(rails) {}
+    Segments(AcrossNodes& across, const Message& message, const Rails& rails, AcrossChoice choice)
+        : across_(across), message_(message), rails_(rails), choice_(choice) {}
 
     /// What runs in the background uses this object, and ends when the communicator has.
     ~Segments() {
@@ -288,8 +274,8 @@ class AcrossNodes {
       if (count == 0) return;
       const auto run = [this, &shard, count](Watch& watch) {
         Cluster& cluster = across_.cluster_;
-        across_.reduce_over(cluster.rail(), cluster.node(), cluster.nodes(),
-                            across_.choose_for_rail(count), shard.message, count, watch);
+        across_.reduce_over(cluster.rail(), cluster.node(), cluster.nodes(), choice_, shard.message,
+                            count, watch);
       };
       if (rails_.segments() == 1) return run(across_.watch_);
       const auto in_background = [this, run](Work&) {
@@ -364,6 +350,7 @@ class AcrossNodes {
     AcrossNodes& across_;
     const Message& message_;
     const Rails rails_;
+    const AcrossChoice choice_;
     std::vector<size_t> offsets_;
     std::vector<char> widened_;
     Shard shards_[2];

@@ -28,6 +28,7 @@ struct Options {
   std::string name = "world";  // for messages
   std::string host;            // ranks that give different ones are on different hosts
   std::shared_ptr<Trace> trace = std::make_shared<Trace>();  // of all communicators of this rank
+  Measured measured{};  // constants of the links, in place of the source's
 };
 
 struct Stats {

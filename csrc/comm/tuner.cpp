@@ -1,14 +1,13 @@
 #include "comm/tuner.h"
 
 #include "cuda/kernels.h"
+#include "base/error.h"
+#include "net/agreement.h"
+#include "net/wire.h"
+#include "shm/wire.h"
 
 namespace ringreduce {
 namespace {
-
-// Up to here one meeting and p times the arithmetic cost less than two meetings.
-constexpr size_t one_shot_bytes = size_t{16} << 10;  // a core per rank
-constexpr size_t one_shot_bytes_claimed = size_t{2}
-                                          << 10;  // ranks share cores, and do it all in turn
 
 // What the shared memory of one_shot takes, if it was asked for by name; larger messages go by
 // two_shot.
@@ -18,6 +17,25 @@ constexpr size_t one_shot_largest_bytes = size_t{64} << 10;
 constexpr size_t small_bytes = size_t{32} << 10;
 
 }  // namespace
+
+void Constants::replace(const Measured& measured) {
+  for (const auto& [name, value] : measured) {
+    const ConstantName* found = nullptr;
+    for (const ConstantName& each : constant_names) {
+      if (name == each.name) found = &each;
+    }
+    if (found == nullptr || !(value > 0)) {
+      throw Error(ErrorCode::invalid, "no constant " + name + " of value " + std::to_string(value));
+    }
+    this->*found->value = value;
+  }
+}
+
+Tuner::Tuner(Algorithm wanted, bool claims, const Measured& measured)
+    : wanted_(wanted), claims_(claims), here_(claims ? Constants::of_shared_cores() : Constants{}) {
+  here_.replace(measured);
+  agreed_.replace(measured);
+}
 
 bool Tuner::small(size_t message_bytes) const { return message_bytes <= small_bytes; }
 
@@ -39,7 +57,7 @@ Choice Tuner::choose(Kind kind, size_t message_bytes) const {
   }
   switch (wanted_) {
     case Algorithm::automatic: {
-      const size_t limit = claims_ ? one_shot_bytes_claimed : one_shot_bytes;
+      const auto limit = static_cast<size_t>(here_.one_shot_bytes);
       return {message_bytes <= limit ? Algorithm::one_shot : Algorithm::two_shot};
     }
     case Algorithm::one_shot:
@@ -47,6 +65,49 @@ Choice Tuner::choose(Kind kind, size_t message_bytes) const {
     default:
       return {wanted_};
   }
+}
+
+NodesChoice Tuner::across(size_t count, int nodes, int rails, Dtype dtype) const {
+  return choose_hierarchical(count, nodes, rails, agreed_.inside(), agreed_.rail(rails), dtype,
+                             NetWire::slot_bytes / partial_size_of(dtype), NetWire::lanes);
+}
+
+Forecast Tuner::forecast(size_t message_bytes, int nodes, int local_size) const {
+  const size_t count = (message_bytes + 3) / 4;
+  if (nodes * local_size == 1 || count == 0) return {algorithm_names[2], 1, 0, 0};
+  if (needs_wire()) return forecast_wire(count, nodes, local_size);
+  if (nodes == 1) return forecast_node(count, local_size);
+  if (4 * count <= Agreement::largest_payload_bytes) {
+    // The leaders' agreement carries it; others put theirs where it is read, and read the sum.
+    const double across_s =
+        across_time_s({Across::doubling, count}, count, nodes, agreed_.rail(1), Dtype::f32);
+    const double inside_s =
+        local_size > 1 ? one_shot_cost(count, local_size).time_s(agreed_.inside(), Dtype::f32) : 0;
+    return {across_names[static_cast<int>(Across::doubling)], 1, 0,
+            across_s + inside_s + (local_size > 1 ? agreed_.inside().alpha_s : 0)};
+  }
+  const NodesChoice choice = across(count, nodes, local_size, Dtype::f32);
+  return {across_names[static_cast<int>(choice.across.algorithm)],
+          (count + choice.segment - 1) / choice.segment, choice.across.chunk * 4, choice.time_s};
+}
+
+/// Over all ranks, as if each was on a node of its own.
+Forecast Tuner::forecast_wire(size_t count, int nodes, int local_size) const {
+  const size_t slot_bytes = nodes > 1 ? NetWire::slot_bytes : ShmWire::slot_bytes;
+  const Link link = nodes > 1 ? agreed_.rail(1) : here_.inside();
+  const AcrossChoice choice{wanted_ == Algorithm::ring ? Across::ring : Across::tree,
+                            slot_bytes / 4};
+  return {algorithm_names[static_cast<size_t>(wanted_)], 1, slot_bytes,
+          across_time_s(choice, count, nodes * local_size, link, Dtype::f32,
+                        nodes > 1 ? NetWire::lanes : 1)};
+}
+
+Forecast Tuner::forecast_node(size_t count, int size) const {
+  const Algorithm algorithm = choose(Kind::allreduce, 4 * count).algorithm;
+  const Cost cost = algorithm == Algorithm::one_shot ? one_shot_cost(count, size)
+                                                     : two_shot_cost(Blocks::even(count, size), 0);
+  return {algorithm_names[static_cast<size_t>(algorithm)], 1, 0,
+          cost.time_s(here_.inside(), Dtype::f32)};
 }
 
 }  // namespace ringreduce

@@ -7,7 +7,9 @@
 #include <string>
 
 #include "base/dtype.h"
+#include "algorithms/choice.h"
 #include "base/header.h"
+#include "comm/constants.h"
 
 namespace ringreduce {
 
@@ -19,10 +21,18 @@ struct Choice {
   Algorithm algorithm;
 };
 
+/// What an allreduce would take.
+struct Forecast {
+  std::string algorithm;
+  size_t segments = 1;
+  size_t chunk_bytes = 0;  // of a message between nodes; 0: there is none, or it is not cut
+  double time_s = 0;
+};
+
 class Tuner {
  public:
-  /// `wanted`: what the user asked for; `claims`: whether ranks outnumber cores.
-  Tuner(Algorithm wanted, bool claims) : wanted_(wanted), claims_(claims) {}
+  /// `wanted`: what the user asked for; `claims`: whether ranks outnumber cores on this node.
+  Tuner(Algorithm wanted, bool claims, const Measured& measured = {});
 
   Choice choose(Kind kind, size_t message_bytes) const;
   /// An allreduce among kernels. two_shot includes its staged form.
@@ -32,9 +42,22 @@ class Tuner {
   /// Ring or tree over all ranks, because it was asked for.
   bool needs_wire() const { return wanted_ == Algorithm::ring || wanted_ == Algorithm::tree; }
 
+  /// How the sum of `count` elements goes across nodes that have `rails` rails.
+  NodesChoice across(size_t count, int nodes, int rails, Dtype dtype) const;
+
+  /// Of `message_bytes` of float32 in private memory, on nodes of `local_size` ranks.
+  Forecast forecast(size_t message_bytes, int nodes, int local_size) const;
+
+  const Constants& constants() const { return here_; }
+
  private:
+  Forecast forecast_wire(size_t count, int nodes, int local_size) const;
+  Forecast forecast_node(size_t count, int size) const;
+
   Algorithm wanted_;
   bool claims_;
+  Constants here_;    // on this node
+  Constants agreed_;  // equal on all nodes, also where only some have a core for each rank
 };
 
 }  // namespace ringreduce
