@@ -11,6 +11,7 @@ OPS: dict[str, int]
 DTYPES: dict[str, int]
 ITEM_BYTES: tuple[int, ...]
 ALGORITHMS: tuple[str, ...]
+CONSTANTS: dict[str, float]
 ACROSS_ALGORITHMS: tuple[str, ...]
 
 def build_info() -> dict[str, str]: ...
@@ -58,6 +59,7 @@ class Communicator:
     size: int
     local_rank: int
     local_size: int
+    node: int
     closed: bool
     aborted: bool
     sequence: int
@@ -75,6 +77,7 @@ class Communicator:
         trace: Trace,
         host: str = "",
         open_network: Callable[[], tuple[MpiLibrary, int]] | None = None,
+        measured: dict[str, float] = ...,
     ) -> None: ...
     def submit(
         self,
@@ -100,6 +103,8 @@ class Communicator:
     def all_reported(self) -> bool: ...
     def window_info(self) -> dict[str, Any]: ...
     def choice(self, kind: int, size_bytes: int, /) -> str: ...
+    def forecast(self, size_bytes: int, /) -> tuple[str, int, int, float]: ...
+    def constants(self) -> dict[str, float]: ...
     def stats(self) -> dict[str, Any]: ...
 
 def simulate_cluster(

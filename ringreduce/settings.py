@@ -7,12 +7,13 @@ else in the package reads RINGREDUCE_* variables.
 import difflib
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ringreduce import _core
+from ringreduce import _core, tuning
 from ringreduce.errors import MismatchError, RingReduceError
 
 PREFIX = "RINGREDUCE_"
@@ -28,6 +29,8 @@ class Settings:
     algorithm: str
     log: str
     host: str
+    tuning: str = ""
+    constants: Mapping[str, float] = field(default_factory=dict)  # that the file of tuning has
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[object], str]:
     return parse
 
 
+def _path(value: object) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError("must be the path of a file")
+    return os.fsdecode(value)
+
+
 SETTINGS = (
     Setting(
         "timeout_s",
@@ -93,6 +102,14 @@ SETTINGS = (
         "auto",
         _one_of(tuple(_core.ALGORITHMS)),
         "algorithm of every collective that has it: " + ", ".join(_core.ALGORITHMS),
+    ),
+    Setting(
+        "tuning",
+        "RINGREDUCE_TUNING",
+        "tuning",
+        "",
+        _path,
+        "file of python -m ringreduce.tune, on rank 0's host, by which algorithms are chosen",
     ),
     Setting(
         "log",
@@ -133,6 +150,16 @@ def read(environment: Mapping[str, str], **arguments: object) -> Settings:
     return Settings(**values)
 
 
+def with_constants(settings: Settings) -> Settings:
+    """With those of the file of its tuning, if any. Raises ValueError if it cannot be used."""
+    if not settings.tuning:
+        return settings
+    try:
+        return replace(settings, constants=tuning.read(settings.tuning))
+    except ValueError as error:
+        raise ValueError(f"RINGREDUCE_TUNING / init(tuning=...): {error}") from None
+
+
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     """RINGREDUCE_* variables that do not exist, each with a near one that does, if any."""
     # Without the prefix that they share, which would make all of them near.
@@ -156,10 +183,17 @@ def agree(
 ) -> Settings:
     """Collective: makes sure that all ranks start with the same settings. Returns this rank's.
 
+    The file of a tuning is read by rank 0 only, which hands its constants to all.
+
     A rank whose settings could not be read passes the exception: it is raised again there, and
     every other rank raises a RingReduceError that quotes it, so that nobody waits for a rank that
     never starts. Raises MismatchError, on every rank, for a setting that differs.
     """
+    if rank == 0 and isinstance(settings, Settings):
+        try:
+            settings = with_constants(settings)
+        except ValueError as error:
+            settings = error
     mine = (
         {"problem": f"{type(settings).__name__}: {settings}"}
         if isinstance(settings, Exception)
@@ -182,4 +216,4 @@ def agree(
                     f"{theirs[setting.field]} on rank {other}; give all ranks the same value "
                     "(Open MPI: mpirun -x NAME; MPICH: mpiexec -genv NAME VALUE)"
                 )
-    return settings
+    return replace(settings, constants=everyone[0]["constants"])

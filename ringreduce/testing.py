@@ -129,7 +129,7 @@ def run_threads(
     options: as of `init`. An exception in a rank aborts the others and is raised here, its cause
     naming the rank. After timeout_s raises TimeoutError with the stacks of all threads.
     """
-    agreed = settings.read(os.environ, **options)
+    agreed = settings.with_constants(settings.read(os.environ, **options))
     meeting, failures = Meeting(n), _Failures()
     bootstraps = [MeetingBootstrap(meeting.meet, rank, n, in_process=True) for rank in range(n)]
     results: list[Any] = [None] * n
@@ -171,7 +171,7 @@ def run_forks(
     here, its cause naming the rank. After timeout_s raises TimeoutError with the stacks of all
     ranks.
     """
-    agreed = settings.read(os.environ, **options)
+    agreed = settings.with_constants(settings.read(os.environ, **options))
     meeting, failures = Meeting(n), _Failures()
     children: list[_Child] = []
     try:

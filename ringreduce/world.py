@@ -39,6 +39,7 @@ def init(
     timeout: float | None = None,
     algorithm: str | None = None,
     warn_after: float | None = None,
+    tuning: str | os.PathLike[str] | None = None,
 ) -> None:
     """Opens the world communicator. Collective over the ranks of the job, or of comm.
 
@@ -49,13 +50,20 @@ def init(
     timeout: seconds after which a collective raises CollectiveTimeout. Default 1800.
     warn_after: seconds after which a waiting rank says whom it waits for. Default 30.
     algorithm: one of auto, one_shot, two_shot, ring, tree. Default auto.
+    tuning: file of `python -m ringreduce.tune`, by which auto chooses. Read by rank 0. Default
+    none: by what links are taken to cost.
 
     Every argument but comm has a variable, RINGREDUCE_TIMEOUT and so on; the argument wins. Raises
     MismatchError, on every rank, if the ranks were given different values; ValueError for a bad
     one; RingReduceError if launched by an mpirun that is not of mpi4py's MPI, or if open with other
     arguments.
     """
-    given = {"timeout": timeout, "algorithm": algorithm, "warn_after": warn_after}
+    given = {
+        "timeout": timeout,
+        "algorithm": algorithm,
+        "warn_after": warn_after,
+        "tuning": tuning,
+    }
     with _World.lock:
         _refuse_in_child()
         if _World.communicator is not None and _World.communicator.core.closed:

@@ -42,7 +42,7 @@ CXX_HOMES = {
 }
 # A module imports only modules that stand before it.
 PYTHON_ORDER = (
-    *("_core", "errors", "settings"),
+    *("_core", "errors", "tuning", "settings"),
     *("profiling", "recording"),
     *("arrays", "gpu_tensors", "tensors", "operands", "work", "bootstrap", "launch"),
     *("communicator", "ending", "world"),
@@ -53,7 +53,8 @@ PYTHON_ORDER = (
     *("horovod_meeting", "horovod_types", "horovod_ops"),
     *("horovod_optimizer", "horovod_batchnorm", "horovod"),
     *("__init__", "testing"),
-    *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench", "info", "simulate"),
+    *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench"),
+    *("simulate", "info", "tune"),
 )
 # The one step up: methods of Communicator whose bodies live in a module of their own.
 UPWARD = {("communicator", "broadcasting")}

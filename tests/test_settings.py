@@ -20,6 +20,7 @@ def test_the_list_of_variables_is_frozen():
         ("RINGREDUCE_TIMEOUT", "timeout", "1800"),
         ("RINGREDUCE_WARN_AFTER", "warn_after", "30"),
         ("RINGREDUCE_ALGORITHM", "algorithm", "auto"),
+        ("RINGREDUCE_TUNING", "tuning", ""),
         ("RINGREDUCE_LOG", None, "warning"),
         ("RINGREDUCE_HOST", None, ""),
     ]
@@ -69,6 +70,7 @@ def test_a_bad_value_names_variable_and_value(variable, value):
         ("warn_after", -2.5, ValueError),
         ("algorithm", "best", ValueError),
         ("algorithm", 3, TypeError),
+        ("tuning", 3, TypeError),
     ],
 )
 def test_a_bad_argument_names_itself(argument, value, error):

@@ -320,6 +320,7 @@ void register_communicator(nb::module_& m) {
                    [core](PyCommunicator& self) { return core(self).node.local_rank(); })
       .def_prop_ro("local_size",
                    [core](PyCommunicator& self) { return core(self).node.local_size(); })
+      .def_prop_ro("node", [core](PyCommunicator& self) { return core(self).node.node(); })
       .def_prop_ro("closed", [](PyCommunicator& self) { return self.communicator->closed(); })
       .def_prop_ro("aborted", [core](PyCommunicator& self) { return core(self).group.aborted(); })
       .def_prop_ro("sequence", [core](PyCommunicator& self) { return core(self).sequence.load(); })

@@ -52,6 +52,9 @@ void register_words(nb::module_& m) {
   }
   nb::list algorithms;
   for (const char* name : algorithm_names) algorithms.append(name);
+  nb::dict constants;
+  for (const ConstantName& each : constant_names) constants[each.name] = Constants{}.*each.value;
+  m.attr("CONSTANTS") = constants;  // the source's, where each rank has a core
   m.attr("KINDS") = kinds;
   m.attr("OPS") = ops;
   m.attr("DTYPES") = dtypes;
