@@ -1,10 +1,14 @@
-# The verbs. They need Linux, python3 >= 3.10 (with its headers and venv), g++ and make; the rest comes
-# by pip into .venv, Open MPI included. What has not changed is neither downloaded nor built again.
+# The verbs. They need Linux, python3 >= 3.10 (with its headers and venv), g++ and make, and for GPUs
+# CUDA's nvcc; the rest comes by pip into .venv, Open MPI included. What has not changed is neither
+# downloaded nor built again.
 
 PYTHON ?= python3
 RANKS ?= 4
 BIN := .venv/bin
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Which GPUs to compile for, where nvcc is: one kind keeps it short. make RINGREDUCE_CUDA_ARCHS=none: none.
+export RINGREDUCE_CUDA_ARCHS ?= 90
 
 # Open MPI as root, and with more ranks than cores.
 export OMPI_ALLOW_RUN_AS_ROOT := 1

@@ -31,12 +31,22 @@ def report() -> dict[str, Section]:
     """All that is printed: title of a section -> name -> value. Collective: opens the world."""
     job = _job()  # first: it starts MPI, if it can be started
     return {
-        "build": _core.build_info(),
+        "build": _core.build_info() | {"cuda": _cuda()},
         "packages": {"python": f"{platform.python_version()} {sys.executable}"} | _packages(),
         "MPI": _mpi(),
         "job": job,
         "settings": _settings(),
     }
+
+
+def _cuda() -> str:
+    """CUDA of this build, then of this machine, or why it is unavailable."""
+    found = _core.cuda_info()
+    if not found["built"]:
+        return f"unavailable: {found['unavailable']}"
+    if found["unavailable"]:
+        return f"{found['built']}; unavailable: {found['unavailable']} ({found['runtime']})"
+    return f"{found['built']}; {found['runtime']}; devices: {found['devices']}"
 
 
 def _packages() -> Section:

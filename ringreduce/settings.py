@@ -129,6 +129,7 @@ SETTINGS = (
     ),
 )
 OWN = ("log", "host")  # a rank may well have its own
+OF_THE_BUILD = ("CUDA_ARCHS",)  # setup.py reads it: here it is neither known nor unknown
 
 
 def read(environment: Mapping[str, str], **arguments: object) -> Settings:
@@ -166,7 +167,9 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     known = [setting.variable.removeprefix(PREFIX) for setting in SETTINGS]
     names = sorted(name.removeprefix(PREFIX) for name in environment if name.startswith(PREFIX))
     nearest = {
-        name: difflib.get_close_matches(name, known, n=1) for name in names if name not in known
+        name: difflib.get_close_matches(name, known, n=1)
+        for name in names
+        if name not in known and name not in OF_THE_BUILD
     }
     return {PREFIX + name: PREFIX + near[0] if near else None for name, near in nearest.items()}
 

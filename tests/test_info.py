@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ringreduce import _core, info
+
 pytestmark = pytest.mark.core
 
 SECTIONS = ["build", "packages", "MPI", "job", "settings"]
@@ -29,6 +31,25 @@ def test_alone():
     assert values["RINGREDUCE_ALGORITHM"].startswith("auto (default)")
     assert values["RINGREDUCE_TIMEOUTS"].endswith("did you mean RINGREDUCE_TIMEOUT?")
     assert "unavailable" in values["cuda"] or "." in values["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("built", "devices", "unavailable", "shown"),
+    [
+        ("", 0, "built without CUDA", "unavailable: built without CUDA"),
+        ("13.0 for sm_90", 0, "no device", "13.0 for sm_90; unavailable: no device (runtime 13.0)"),
+        ("13.0 for sm_90", 2, "", "13.0 for sm_90; runtime 13.0; devices: 2"),
+    ],
+)
+def test_cuda_or_why_not(monkeypatch, built, devices, unavailable, shown):
+    found = dict(built=built, runtime="runtime 13.0", devices=devices, unavailable=unavailable)
+    monkeypatch.setattr(_core, "cuda_info", lambda: found)
+    assert info._cuda() == shown
+
+
+def test_cuda_is_available_or_says_why_not():
+    found = _core.cuda_info()
+    assert (found["devices"] > 0) == (found["unavailable"] == ""), found
 
 
 def test_under_mpirun(mpirun, mpi_name):

@@ -83,6 +83,7 @@ def test_unknown_variables_get_the_nearest_name():
         "RINGREDUCE_TIMEOUT": "5",
         "RINGREDUCE_ALGORITM": "ring",
         "RINGREDUCE_XYZZY": "1",
+        "RINGREDUCE_CUDA_ARCHS": "90",
         "OTHER": "1",
     }
     assert unknown_variables(environment) == {

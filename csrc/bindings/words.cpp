@@ -20,10 +20,6 @@ nb::dict build_info() {
   info["version"] = RR_VERSION;
   info["compiler"] = __VERSION__;
   info["instruction set"] = isa_name();
-  const cuda::About about = cuda::about();
-  info["cuda"] = about.built.empty()         ? "none: built without CUDA"
-                 : about.unavailable.empty() ? about.built
-                                             : about.built + "; unavailable: " + about.unavailable;
   return info;
 }
 
