@@ -219,7 +219,7 @@ nb::dict window_info(PyCommunicator& self) {
   info["nodes"] = core.node.num_nodes();
   info["slices"] =
       core.group.claims() ? "claimed (ranks outnumber cores)" : "owned (a core per rank)";
-  info["staging_bytes"] = Window::staging_bytes();
+  info["staging_bytes"] = Window::staging_bytes(core.group);
   info["chunk_bytes"] = core.window.chunk_bytes();
   info["wire_bytes"] = core.wire ? ShmWire::segment_bytes() : size_t{0};
   info["symmetric_segments"] = core.arena->num_segments();

@@ -26,7 +26,7 @@ Core::Core(int rank, int size, const Exchange& exchange, const Options& options,
       options(options),
       node(rank, size, exchange, options.in_process, options.host, set_up_deadline(options)),
       group(node, options.in_process, set_up_deadline(options)),
-      window(group, node.create_segment(Window::staging_bytes(), set_up_deadline(options))),
+      window(group, node.create_segment(Window::staging_bytes(group), set_up_deadline(options))),
       tuner(size == 1 ? Algorithm::two_shot : options.algorithm, group.claims(), options.measured),
       arena(std::make_shared<Arena>()),
       name(std::make_shared<const std::string>(options.name)) {

@@ -54,9 +54,9 @@ class Group {
   /// Whether slices are claimed by whoever runs, because ranks outnumber cores; else every rank
   /// owns some.
   bool claims() const { return claims_; }
-  /// Where a network is waited for, too, a long spin saves nothing.
   Patience patience() const {
-    return claims_ || remote_ ? Patience::shared_core() : Patience::own_core();
+    if (claims_) return Patience::shared_core();
+    return remote_ ? Patience::beside_network() : Patience::own_core();
   }
 
   /// Null if all ranks are on this node. Set before the first collective.

@@ -7,19 +7,25 @@
 namespace ringreduce {
 namespace {
 
-// A ring small enough for the L2 cache is slow: a line that a peer still holds is the dearest to
-// write. One much larger goes through the whole of the L3: with two ranks and 128 KB a chunk 1.25
-// MB beat 2, 4 and 8 MB from 4 MB on (AMD Zen 4, 2 cores with 1 MB of L2 each). Here it is 1.5 MB.
-constexpr size_t staging_ring_bytes = size_t{4} << 20;  // at most
+// What a rank's staging memory holds, at most. A ring small enough for the L2 cache is slow where
+// each rank has a core: a line that a peer still holds is the dearest to write. One much larger
+// goes through the whole of the L3: with two ranks and 128 KB a chunk 1.25 MB beat 2, 4 and 8 MB
+// from 4 MB on (AMD Zen 4, 2 cores with 1 MB of L2 each); there it is 1.5 MB. Ranks that share
+// cores share the L3, too, and find their own lines in the core: with 8 ranks on 2 cores 0.75 MB
+// beat 4 MB by 1.4 at 1 MB and by 1.25 at 25 MB, in spite of five times the rounds; with 3 and 4
+// ranks by 1.1.
+constexpr size_t staging_ring_bytes = size_t{4} << 20;
+constexpr size_t claimed_ring_bytes = size_t{768} << 10;
 constexpr size_t largest_chunk_bytes = size_t{128} << 10;
 
 // A slot is written while the 3 lead + 1 before it may be in use (staged.h).
 constexpr size_t ring_slots = 3 * staged_lead + 3;
 static_assert(3 * staged_lead + 2 <= max_staged_rounds);
 
-size_t chunk_bytes_for(int size) {
-  const size_t areas = ring_slots * static_cast<size_t>(size);
-  return std::min(largest_chunk_bytes, staging_ring_bytes / areas / line_bytes * line_bytes);
+size_t chunk_bytes_for(const Group& group) {
+  const size_t areas = ring_slots * static_cast<size_t>(group.size());
+  return std::min(largest_chunk_bytes,
+                  Window::staging_bytes(group) / areas / line_bytes * line_bytes);
 }
 
 size_t lines(size_t bytes) { return (bytes + line_bytes - 1) / line_bytes * line_bytes; }
@@ -31,12 +37,14 @@ constexpr uint32_t verdict_go = 0, verdict_mismatch = 1;
 
 }  // namespace
 
-size_t Window::staging_bytes() { return staging_ring_bytes; }
+size_t Window::staging_bytes(const Group& group) {
+  return group.claims() ? claimed_ring_bytes : staging_ring_bytes;
+}
 
 Window::Window(Group& group, Segment staging)
     : group_(group),
       staging_(std::move(staging)),
-      chunk_bytes_(chunk_bytes_for(group.size())),
+      chunk_bytes_(chunk_bytes_for(group)),
       ring_(std::max(chunk_bytes_ * static_cast<size_t>(group.size()), largest_share_bytes),
             ring_slots),
       sources_(static_cast<size_t>(group.size())),

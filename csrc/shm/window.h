@@ -26,9 +26,9 @@ inline constexpr size_t staged_lead = 1;
 
 class Window {
  public:
-  /// `staging` is a segment of at least staging_bytes().
+  /// `staging` is a segment of at least staging_bytes(group).
   Window(Group& group, Segment staging);
-  static size_t staging_bytes();
+  static size_t staging_bytes(const Group& group);
 
   /// What one_shot can take: bytes of input per rank.
   static constexpr size_t largest_share_bytes = size_t{64} << 10;
