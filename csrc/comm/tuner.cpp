@@ -1,7 +1,7 @@
 #include "comm/tuner.h"
 
-#include "cuda/kernels.h"
 #include "base/error.h"
+#include "cuda/kernels.h"
 #include "net/agreement.h"
 #include "net/wire.h"
 #include "shm/wire.h"

@@ -8,16 +8,23 @@
 
 #include "comm/accelerator.h"
 #include "elements.h"
+#include "fake_cuda.h"
 
 namespace ringreduce {
 namespace {
 
 void require_cuda(cudaError_t error) { require(error == cudaSuccess, cudaGetErrorString(error)); }
 
+/// The device of this rank's tensors.
+thread_local int device_number = 0;
+
 /// A stream of one rank; its memory is freed with it.
 class Device {
  public:
-  Device() { require_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  Device() {
+    require_cuda(cudaSetDevice(device_number));
+    require_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  }
   ~Device() {
     require_cuda(cudaStreamSynchronize(stream_));
     for (void* block : blocks_) require_cuda(cudaFree(block));
@@ -64,7 +71,7 @@ template <class T>
 Call on(Device& device, Kind kind, const T* input, T* output, std::vector<int64_t> shape,
         Op op = Op::sum, int root = 0) {
   Call call = call_of(kind, input, output, std::move(shape), op, root);
-  call.device = 0;
+  call.device = device_number;
   call.stream = device.stream();
   return call;
 }
@@ -166,7 +173,8 @@ void symmetric(Rank& self) {
   std::shared_ptr<Block> kept;
   for (int salt = 0; salt < 10; ++salt) {
     const size_t count = salt % 3 == 0 ? 900'001 : 30'000;
-    const std::shared_ptr<Block> block = self.comm->allocate(count * sizeof(float), 0, {});
+    const std::shared_ptr<Block> block =
+        self.comm->allocate(count * sizeof(float), device_number, {});
     const std::vector<float> input = input_of<float>(self.rank, count, salt);
     float* const data = reinterpret_cast<float*>(block->data());
     device.put(data, input);
@@ -213,8 +221,8 @@ void wrong_use(Rank& self) {
   require_cuda(cudaGraphDestroy(graph));
   self.run(on(device, Kind::allreduce, data, data, {100}));
   Call elsewhere = on(device, Kind::allreduce, data, data, {100});
-  elsewhere.device = 1;
-  require_in("works on cuda:0", error_of(ErrorCode::invalid, [&] { self.run(elsewhere); }));
+  elsewhere.device = device_number + 1;
+  require_in("works on cuda:", error_of(ErrorCode::invalid, [&] { self.run(elsewhere); }));
   Call apart = on(device, Kind::allreduce, data, data, {10});
   apart.tensors.push_back(tensor_of(data + 50, data + 50, {10}));
   require_in("one buffer", error_of(ErrorCode::invalid, [&] { self.run(apart); }));
@@ -421,6 +429,31 @@ void killed(Rank& self) {
   require_in("died", text);
 }
 
+/// On a GPU each, in reach of each other; and on one GPU, where kernels of several processes do not
+/// run at once.
+void run_forks() {
+  announce("processes", 3);
+  fake_cuda::machine().devices = 3;
+  const auto each = [](void (*body)(Rank&)) {
+    return [body](Rank& self) {
+      device_number = self.rank;
+      body(self);
+    };
+  };
+  run_processes(3, each([](Rank& self) { check_path(self, true); }));
+  run_processes(3, each(collectives));
+  run_processes(3, each(symmetric));
+  run_processes(3, each(replays));
+  run_processes(3, each(killed), 1);
+  fake_cuda::machine().peers = false;
+  run_processes(2, each([](Rank& self) { check_path(self, false); }));
+  run_processes(2, each(collectives));
+  fake_cuda::machine() = {};
+  run_processes(3, [](Rank& self) { check_path(self, false); });
+  run_processes(3, collectives);
+  run_processes(3, symmetric);
+}
+
 /// Ranks of several pretended hosts: through host memory, and over the network.
 void run_across_hosts() {
   const std::vector<std::string> hosts = {"a", "b", "b"};
@@ -439,6 +472,7 @@ void run_across_hosts() {
 int main() {
   alarm(ringreduce::limit_s);
   ringreduce::pin_to_two_cores();
+  ringreduce::run_forks();  // first: a process that has used CUDA cannot fork
   for (const int size : {1, 2, 3}) ringreduce::run_threads(size);
   ringreduce::run_across_hosts();
 }
