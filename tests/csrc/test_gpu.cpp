@@ -18,7 +18,26 @@ void require_cuda(cudaError_t error) { require(error == cudaSuccess, cudaGetErro
 /// The device of this rank's tensors.
 thread_local int device_number = 0;
 
-/// A stream of one rank; its memory is freed with it.
+/// Device memory that nobody uses any more. Freeing it waits for all kernels of the process; those
+/// of the other ranks may wait for this one's next.
+class Graveyard {
+ public:
+  void add(const std::vector<void*>& blocks) {
+    std::lock_guard lock(mutex_);
+    blocks_.insert(blocks_.end(), blocks.begin(), blocks.end());
+  }
+  /// No rank is at work.
+  void clear() {
+    for (void* block : blocks_) require_cuda(cudaFree(block));
+    blocks_.clear();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<void*> blocks_;
+} graveyard;
+
+/// A stream of one rank, and memory.
 class Device {
  public:
   Device() {
@@ -27,7 +46,7 @@ class Device {
   }
   ~Device() {
     require_cuda(cudaStreamSynchronize(stream_));
-    for (void* block : blocks_) require_cuda(cudaFree(block));
+    graveyard.add(blocks_);
     require_cuda(cudaStreamDestroy(stream_));
   }
   cudaStream_t stream() const { return stream_; }
@@ -316,22 +335,23 @@ void check_path(Rank& self, bool kernels) {
 }
 
 void run_threads(int size) {
+  const auto run = [size](const Options& options, const std::function<void(Rank&)>& body) {
+    run_ranks(size, options, body);
+    graveyard.clear();
+  };
   for (int algorithm = 0; algorithm < 5; ++algorithm) {
     announce(algorithm_names[algorithm], size);
     Options options;
     options.algorithm = static_cast<Algorithm>(algorithm);
-    run_ranks(size, options, collectives);
-    if (algorithm == 0) run_ranks(size, options, large);
-    run_ranks(size, options, asynchronous);
+    run(options, collectives);
+    if (algorithm == 0) run(options, large);
+    run(options, asynchronous);
   }
   announce("symmetric, mismatches, graphs, failures", size);
-  run_ranks(size, {}, [](Rank& self) { check_path(self, true); });
-  run_ranks(size, {}, symmetric);
-  run_ranks(size, {}, mismatches);
-  run_ranks(size, {}, wrong_use);
-  run_ranks(size, {}, replays);
-  run_ranks(size, {}, abandoned);
-  run_ranks(size, {}, departed);
+  run({}, [](Rank& self) { check_path(self, true); });
+  for (const auto body : {symmetric, mismatches, wrong_use, replays, abandoned, departed}) {
+    run({}, body);
+  }
 }
 
 // ---- Ranks as processes.
