@@ -34,18 +34,19 @@ struct Chunk {
 ///   reduce_scatter
 class Blocks {
  public:
-  static constexpr Blocks even(size_t count, int size, size_t granule = 1) {
+  RR_HOST_DEVICE static constexpr Blocks even(size_t count, int size, size_t granule = 1) {
     return first(size, count, size, granule);
   }
-  static constexpr Blocks first(int owners, size_t count, int size, size_t granule = 1) {
+  RR_HOST_DEVICE static constexpr Blocks first(int owners, size_t count, int size,
+                                               size_t granule = 1) {
     const size_t ranks = static_cast<size_t>(owners);
     const size_t share = (count + ranks - 1) / ranks;
     return Blocks(count, size, (share + granule - 1) / granule * granule, nullptr, -1);
   }
-  static constexpr Blocks table(const size_t* offsets, int size) {
+  RR_HOST_DEVICE static constexpr Blocks table(const size_t* offsets, int size) {
     return Blocks(offsets[size], size, 0, offsets, -1);
   }
-  static constexpr Blocks single(size_t count, int size, int owner) {
+  RR_HOST_DEVICE static constexpr Blocks single(size_t count, int size, int owner) {
     return Blocks(count, size, 0, nullptr, owner);
   }
 
@@ -74,7 +75,8 @@ class Blocks {
   RR_HOST_DEVICE constexpr int size() const { return size_; }
 
  private:
-  constexpr Blocks(size_t count, int size, size_t share, const size_t* offsets, int owner)
+  RR_HOST_DEVICE constexpr Blocks(size_t count, int size, size_t share, const size_t* offsets,
+                                  int owner)
       : count_(count), size_(size), share_(share), offsets_(offsets), owner_(owner) {}
 
   size_t count_;

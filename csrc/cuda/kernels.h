@@ -33,11 +33,13 @@ struct Status {
   // Written by the host.
   uint32_t abort;  // not 0: every kernel leaves, and moves no more data
 
-  // Written by kernels: all of it before `trouble`, which is published last and read first.
-  uint32_t trouble;  // a Trouble
-  uint32_t peer;     // rank that did not come, or came with something else
+  // Written by kernels, both at once. After a timeout, or an abort that a kernel has seen, kernels
+  // move no more data. A mismatch harms only its own call: the host sets it back to 0.
+  alignas(8) uint32_t trouble;  // a Trouble
+  uint32_t peer;                // rank that did not come, or came with something else
 
-  // Counted by kernels: calls begun and calls left, modulo 2^32. Equal: none is under way.
+  // The number of the call that has begun last, and of the one that has left last, modulo 2^32, as
+  // the first block of each kernel has it. Equal: none is under way.
   uint32_t begun, left;
 };
 

@@ -21,8 +21,8 @@
 #endif
 
 #include "base/dtype.h"
-#include "base/half.h"
 #include "base/op.h"
+#include "reduce/elements.h"
 #include "reduce/isa.h"
 #include "reduce/reduce.h"
 
@@ -32,41 +32,20 @@ namespace {
 
 // ---- Elements
 
-enum class Bool : uint8_t {};
-
-template <class T>
-struct Complex {
-  T real, imaginary;
-};
-
 // An element at any address.
 template <class T>
 struct [[gnu::packed, gnu::may_alias]] Unaligned {
   T stored;
 };
 
-// What an element counts as, and back.
 template <class T>
-T read(const Unaligned<T>& element) {
-  return element.stored;
+PartialOf<T> read(const Unaligned<T>& element) {
+  return widen(element.stored);
 }
-Bool read(const Unaligned<Bool>& element) { return Bool(element.stored != Bool{0}); }
-float read(const Unaligned<f16>& element) { return to_float(element.stored); }
-float read(const Unaligned<bf16>& element) { return to_float(element.stored); }
-
 template <class T>
-void write(Unaligned<T>& element, T value) {
-  element.stored = value;
+void write(Unaligned<T>& element, PartialOf<T> value) {
+  element.stored = narrow<T>(value);
 }
-void write(Unaligned<f16>& element, float value) { element.stored = to_f16(value); }
-void write(Unaligned<bf16>& element, float value) { element.stored = to_bf16(value); }
-
-// The type in which unfinished values of a stored type are kept.
-template <class Stored>
-using PartialOf = decltype(read(std::declval<Unaligned<Stored>>()));
-
-template <class Stored>
-constexpr bool is_half = !std::is_same_v<Stored, PartialOf<Stored>>;
 
 // Float16 is converted eight at a time where the CPU has an instruction for it, which is several
 // times faster than the loop over to_float or to_f16 and gives the same bits.
@@ -94,83 +73,6 @@ void write(Unaligned<Halves>& element, Floats value) {
 #else
 constexpr bool has_eights = false;
 #endif
-
-// ---- Operations
-
-// Integers wrap: they are combined as unsigned numbers, at least as wide as int, and cut to size.
-template <class T>
-struct WrappingType {
-  using type = T;
-};
-template <class T>
-  requires std::is_integral_v<T>
-struct WrappingType<T> {
-  using type = std::common_type_t<std::make_unsigned_t<T>, unsigned>;
-};
-template <class T>
-using Wrapping = typename WrappingType<T>::type;
-
-struct Sum {
-  template <class T>
-  static T of(T a, T b) {
-    return static_cast<T>(static_cast<Wrapping<T>>(a) + static_cast<Wrapping<T>>(b));
-  }
-};
-
-struct Prod {
-  template <class T>
-  static T of(T a, T b) {
-    return static_cast<T>(static_cast<Wrapping<T>>(a) * static_cast<Wrapping<T>>(b));
-  }
-  // The minus belongs to a factor: the same bits as a difference of products, but that one gcc 12
-  // turns into a fused multiply-add on some CPUs, in spite of -ffp-contract=off.
-  template <class T>
-  static Complex<T> of(Complex<T> a, Complex<T> b) {
-    return {a.real * b.real + a.imaginary * -b.imaginary,
-            a.real * b.imaginary + a.imaginary * b.real};
-  }
-};
-
-// A NaN differs from itself. If b is one, no comparison with it holds, and it is the last choice.
-struct Min {
-  template <class T>
-  static T of(T a, T b) {
-    return a < b ? a : a != a ? a : b;
-  }
-};
-
-struct Max {
-  template <class T>
-  static T of(T a, T b) {
-    return a > b ? a : a != a ? a : b;
-  }
-};
-
-// The sum and maximum, and the product and minimum, of truth values.
-struct Or {
-  static Bool of(Bool a, Bool b) { return Bool(uint8_t(a) | uint8_t(b)); }
-};
-
-struct And {
-  static Bool of(Bool a, Bool b) { return Bool(uint8_t(a) & uint8_t(b)); }
-};
-
-// What happens to a combined value before it is written.
-struct Keep {
-  template <class T>
-  T operator()(T value) const {
-    return value;
-  }
-};
-
-template <class T>
-struct DivideBy {
-  std::common_type_t<T, int> size;
-  template <class Value>  // T, or a vector of T
-  Value operator()(Value value) const {
-    return static_cast<Value>(value / size);  // integers: toward zero
-  }
-};
 
 // ---- The loop
 
