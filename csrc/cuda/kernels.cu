@@ -6,12 +6,17 @@
 #include <string>
 #include <type_traits>
 
+#include "algorithms/one_shot.h"
+#include "algorithms/ring.h"
+#include "algorithms/tree.h"
 #include "algorithms/two_shot.h"
 #include "base/error.h"
 #include "cuda/kernels.h"
 #include "cuda/slab.h"
+#include "cuda/staged.cuh"
 #include "cuda/team.cuh"
 #include "cuda/window.cuh"
+#include "cuda/wire.cuh"
 
 namespace ringreduce::cuda {
 namespace {
@@ -22,10 +27,79 @@ constexpr int threads_per_block = 512;
 
 template <class Stored>
 __global__ void __launch_bounds__(threads_per_block, 1)
+    one_shot_kernel(const __grid_constant__ DeviceCall call) {
+  Team team(call);
+  OneShotWindow<Stored> window(team, call);
+  one_shot_allreduce(window, call.count);
+  team.leave();
+}
+
+template <class Stored>
+__global__ void __launch_bounds__(threads_per_block, 1)
+    staged_kernel(const __grid_constant__ DeviceCall call) {
+  Team team(call);
+  Staged<Stored> staged(team, call);
+  staged_rounds(staged, staged.rounds(), Staged<Stored>::lead);
+  staged.finish();
+  team.leave();
+}
+
+template <class Stored>
+__global__ void __launch_bounds__(threads_per_block, 1)
     two_shot_kernel(const __grid_constant__ DeviceCall call) {
   Team team(call);
   TwoShotWindow<Stored> window(team, call);
   if (window.arrive()) two_shot_allreduce(window);
+  team.leave();
+}
+
+/// What a block of a ring or tree has of the message, and in which chunks it carries that: so many
+/// that the links carry one while another one is being added, but not smaller than what all
+/// threads move at once.
+struct Stripe {
+  Chunk chunk;
+  size_t piece;
+};
+
+template <class Stored>
+__device__ Stripe stripe_of(const Team& team, const DeviceCall& call, size_t parts) {
+  constexpr size_t granule = granule_of(sizeof(Stored));
+  constexpr size_t least = threads_per_block * lanes<Stored>;
+  const Chunk stripe = Blocks::even(call.count, team.blocks(), granule)[team.block()];
+  const size_t wanted = round_up((stripe.length + parts - 1) / parts, granule);
+  const size_t piece = wanted > least ? wanted : least;
+  return {stripe, piece < slot_elements<Stored> ? piece : slot_elements<Stored>};
+}
+
+template <class Stored>
+__global__ void __launch_bounds__(threads_per_block, 1)
+    ring_kernel(const __grid_constant__ DeviceCall call) {
+  constexpr size_t ring_lanes = 2;
+  static_assert(ring_slots > ring_lanes);
+  Team team(call);
+  team.announce();
+  if (team.met()) {
+    const auto parts = ring_lanes * static_cast<size_t>(call.size);
+    const Stripe stripe = stripe_of<Stored>(team, call, parts);
+    const Blocks blocks = Blocks::even(stripe.chunk.length, call.size, granule_of(sizeof(Stored)));
+    Wire<Stored> wire(team, call, stripe.chunk, false);
+    ring_allreduce(wire, Ring{call.rank, call.size}, blocks, stripe.piece, ring_lanes);
+  }
+  team.leave();
+}
+
+template <class Stored>
+__global__ void __launch_bounds__(threads_per_block, 1)
+    tree_kernel(const __grid_constant__ DeviceCall call) {
+  constexpr size_t chunks = 16;  // both halves
+  static_assert(tree_slots >= 2);
+  Team team(call);
+  team.announce();
+  if (team.met()) {
+    const Stripe stripe = stripe_of<Stored>(team, call, chunks);
+    Wire<Stored> wire(team, call, stripe.chunk, true);
+    tree_allreduce(wire, call.rank, call.size, stripe.chunk.length, stripe.piece);
+  }
   team.leave();
 }
 
@@ -49,10 +123,17 @@ Elements elements_of(const DeviceCall& call) {
 template <class Stored>
 Entry entry_for(Kernel kernel) {
   switch (kernel) {
+    case Kernel::one_shot:
+      if constexpr (sizeof(Stored) <= line_data_bytes) return one_shot_kernel<Stored>;
+      break;
     case Kernel::two_shot:
       return two_shot_kernel<Stored>;
-    default:
-      break;
+    case Kernel::staged:
+      return staged_kernel<Stored>;
+    case Kernel::ring:
+      return ring_kernel<Stored>;
+    case Kernel::tree:
+      return tree_kernel<Stored>;
   }
   return nullptr;
 }
@@ -87,6 +168,31 @@ Entry entry_of(Kernel kernel, Dtype dtype) {
   return nullptr;
 }
 
+/// What one_shot's lines cannot hold is staged; so is what a ring or tree of one rank would do.
+Kernel actual(Kernel kernel, const DeviceCall& call) {
+  const Elements elements = elements_of(call);
+  if (kernel == Kernel::one_shot && size_of(elements.dtype) > line_data_bytes) {
+    return Kernel::staged;
+  }
+  const bool is_wire = kernel == Kernel::ring || kernel == Kernel::tree;
+  return is_wire && call.size == 1 ? Kernel::staged : kernel;
+}
+
+/// How many blocks a message takes. Few when it is small: each of them meets its peers.
+struct Size {
+  size_t bytes_per_block;
+  int most_blocks;
+};
+constexpr int num_kernels = 5;
+constexpr Size sizes[num_kernels] = {
+    {threads_per_block * line_data_bytes, 16},  // one_shot: one line to a thread
+    {size_t{16} << 10, 36},                     // two_shot
+    {size_t{16} << 10, 36},                     // staged
+    {size_t{32} << 10, 24},                     // ring
+    {size_t{32} << 10, 24},                     // tree
+};
+static_assert(sizes[3].most_blocks <= max_wire_blocks);
+
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   throw Error(ErrorCode::resource, std::string(what) + ": " + cudaGetErrorString(error));
@@ -103,24 +209,25 @@ int most_blocks(int sharers) {
   check(cudaGetDevice(&device), "no current device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
         "the device does not tell its size");
-  for (int dtype = 0; dtype < num_dtypes; ++dtype) {
-    for (Kernel kernel : {Kernel::two_shot}) {
-      int per_processor = 0;
-      const Entry entry = entry_of(kernel, static_cast<Dtype>(dtype));
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                &per_processor, reinterpret_cast<const void*>(entry), threads_per_block, 0),
-            "the kernels cannot be loaded");
-      fewest = std::min(fewest, per_processor * processors / sharers);
-    }
+  for (int number = 0; number < num_kernels * num_dtypes; ++number) {
+    const Entry entry =
+        entry_of(static_cast<Kernel>(number / num_dtypes), static_cast<Dtype>(number % num_dtypes));
+    if (!entry) continue;
+    int per_processor = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+              &per_processor, reinterpret_cast<const void*>(entry), threads_per_block, 0),
+          "the kernels cannot be loaded");
+    fewest = std::min(fewest, per_processor * processors / sharers);
   }
   return fewest;
 }
 
 int blocks_of(Kernel kernel, const DeviceCall& call, int most) {
-  (void)kernel;
-  constexpr size_t least_bytes_per_block = size_t{16} << 10;
-  const size_t wanted = call.count * size_of(call.dtype) / least_bytes_per_block + 1;
-  return static_cast<int>(std::min<size_t>({wanted, 36, static_cast<size_t>(most)}));
+  const Size size = sizes[static_cast<int>(actual(kernel, call))];
+  const size_t bytes = call.count * size_of(call.dtype);
+  const size_t wanted = (bytes + size.bytes_per_block - 1) / size.bytes_per_block;
+  const auto limit = static_cast<size_t>(std::min(size.most_blocks, most));
+  return static_cast<int>(std::clamp<size_t>(wanted, 1, limit));
 }
 
 void launch(Kernel kernel, const DeviceCall& call, int blocks, void* stream) {
@@ -129,10 +236,10 @@ void launch(Kernel kernel, const DeviceCall& call, int blocks, void* stream) {
   made.dtype = elements.dtype;
   made.count *= elements.parts;
   for (size_t& offset : made.offsets) offset *= elements.parts;
+  const Entry entry = entry_of(actual(kernel, call), made.dtype);
   void* arguments[] = {&made};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(entry_of(kernel, made.dtype)),
-                         dim3(static_cast<unsigned>(blocks)), dim3(threads_per_block), arguments, 0,
-                         static_cast<cudaStream_t>(stream)),
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(entry), dim3(static_cast<unsigned>(blocks)),
+                         dim3(threads_per_block), arguments, 0, static_cast<cudaStream_t>(stream)),
         "a kernel cannot be launched");
 }
 

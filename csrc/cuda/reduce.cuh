@@ -62,6 +62,36 @@ __device__ inline Partial finish(Partial value, int divisor) {
   return value;
 }
 
+/// visit(operation) with what a call does to elements of type Stored. Sums of complex numbers come
+/// as sums of their parts.
+template <class Stored, class Visit>
+__device__ inline void with_operation(Op op, Visit visit) {
+  if constexpr (std::is_same_v<Stored, Bool>) {
+    if (op == Op::sum || op == Op::max) {
+      visit(Or{});
+    } else {
+      visit(And{});
+    }
+  } else if constexpr (is_complex<Stored>) {
+    visit(Prod{});
+  } else if (op == Op::min) {
+    visit(Min{});
+  } else if (op == Op::max) {
+    visit(Max{});
+  } else if (op == Op::prod) {
+    visit(Prod{});
+  } else {
+    visit(Sum{});
+  }
+}
+
+template <class Stored>
+__device__ inline PartialOf<Stored> apply(Op op, PartialOf<Stored> a, PartialOf<Stored> b) {
+  PartialOf<Stored> result;
+  with_operation<Stored>(op, [&](auto operation) { result = decltype(operation)::of(a, b); });
+  return result;
+}
+
 /// Packs `first`, `first` + stride, ... of all arrays: `at_once` of them.
 template <class Stored, class Operation, int at_once, class Operands>
 __device__ inline void reduce_packs(const Operands& operands, size_t first, size_t stride,
@@ -70,6 +100,7 @@ __device__ inline void reduce_packs(const Operands& operands, size_t first, size
   constexpr int n = lanes<Stored>;
   Partial values[at_once][n];
   const int sources = operands.sources();
+#pragma unroll 1
   for (int begin = 0; begin < sources; begin += abreast) {
     Lanes<Stored> loaded[abreast][at_once];
 #pragma unroll
@@ -163,43 +194,31 @@ __device__ inline void reduce_as(const Operands& operands, size_t count, int div
   if (head > count) head = count;
   const size_t packs = (count - head) / lanes<Stored>;
   const size_t tail = head + packs * lanes<Stored>;
+#pragma unroll 1
   for (size_t index = thread; index < head; index += threads) {
     reduce_element<Stored, Operation>(operands, index, divisor);
   }
+#pragma unroll 1
   for (size_t index = tail + thread; index < count; index += threads) {
     reduce_element<Stored, Operation>(operands, index, divisor);
   }
   const auto from_pack = shifted(operands, head * sizeof(Stored));
   size_t pack = thread;
+#pragma unroll 1
   for (; pack + (at_once - 1) * threads < packs; pack += at_once * threads) {
     reduce_packs<Stored, Operation, at_once>(from_pack, pack, threads, divisor);
   }
+#pragma unroll 1
   for (; pack < packs; pack += threads) {
     reduce_packs<Stored, Operation, 1>(from_pack, pack, threads, divisor);
   }
 }
 
-/// What a call does to elements of type Stored. Sums of complex numbers come as sums of their
-/// parts.
 template <class Stored, class Operands>
 __device__ inline void reduce_block(Op op, int size, const Operands& operands, size_t count) {
-  if constexpr (std::is_same_v<Stored, Bool>) {
-    if (op == Op::sum || op == Op::max) {
-      reduce_as<Stored, Or>(operands, count, 1);
-    } else {
-      reduce_as<Stored, And>(operands, count, 1);
-    }
-  } else if constexpr (is_complex<Stored>) {
-    reduce_as<Stored, Prod>(operands, count, 1);
-  } else if (op == Op::min) {
-    reduce_as<Stored, Min>(operands, count, 1);
-  } else if (op == Op::max) {
-    reduce_as<Stored, Max>(operands, count, 1);
-  } else if (op == Op::prod) {
-    reduce_as<Stored, Prod>(operands, count, 1);
-  } else {
-    reduce_as<Stored, Sum>(operands, count, op == Op::avg ? size : 1);
-  }
+  with_operation<Stored>(op, [&](auto operation) {
+    reduce_as<Stored, decltype(operation)>(operands, count, op == Op::avg ? size : 1);
+  });
 }
 
 }  // namespace ringreduce::cuda

@@ -52,8 +52,14 @@ struct SlabHead {
   alignas(128) uint64_t emptied[max_wire_blocks][tree_fifos];  // by who receives
 };
 
-constexpr size_t round_up(size_t bytes, size_t granule) {
+RR_HOST_DEVICE constexpr size_t round_up(size_t bytes, size_t granule) {
   return (bytes + granule - 1) / granule * granule;
+}
+
+/// Elements between cuts of a message: no two blocks then write to one line of 128 bytes, if the
+/// tensors begin at one.
+RR_HOST_DEVICE constexpr size_t granule_of(size_t item_bytes) {
+  return staging_granule_bytes / item_bytes;
 }
 
 /// One rank's slab, as its own or another rank's kernel sees it.

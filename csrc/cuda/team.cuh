@@ -78,14 +78,9 @@ class Team {
   __device__ bool stopped() const { return stopped_; }
   __device__ Slab slab(int rank) const { return {call_.slabs[rank]}; }
 
-  /// Tells all ranks that this one is here, and with what. `announce` alone does not wait; what
-  /// was written before is not covered.
+  /// Tells all ranks that this one is here, and with what; and that what the block has written
+  /// until now can be read.
   __device__ void announce() {
-    if (stopped_) return;
-    for_each_peer([&](int peer) { store_relaxed(arrived(peer, block_, call_.rank), arrival()); });
-  }
-  /// The same, and covers what the block has written.
-  __device__ void announce_prepared() {
     __syncthreads();
     if (stopped_) return;
     for_each_peer([&](int peer) { store_release(arrived(peer, block_, call_.rank), arrival()); });
