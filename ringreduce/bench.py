@@ -2,7 +2,8 @@
 
 Prints nccl-tests' columns, a row for each size and path. Only ratios within one run mean anything.
 Run as `mpirun -np 2 python -m ringreduce.bench --peers mpi,gloo --limit`; where each rank can have
-a core, let mpirun bind it: an MPI that is told to share cores yields in every wait.
+a core, let mpirun bind it: an MPI that is told to share cores yields in every wait. On GPUs:
+`--device cuda`, a rank for each, or `--threads 4`: 4 ranks as threads of one process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import ringreduce as rr
-from ringreduce import _core, bench_peers
+from ringreduce import _core, bench_gpu, bench_peers
 from ringreduce.bench_data import BUS_FACTORS, PEERS, Job, count_wrong, expected_data, input_data
 from ringreduce.bench_peers import Buffers, Contestant, Prepared, Unavailable, as_bytes
 from ringreduce.bench_table import (
@@ -93,6 +94,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--collective", choices=tuple(BUS_FACTORS), default="allreduce")
     add("--dtype", choices=tuple(_core.DTYPES), default="float32")
     add("--op", choices=tuple(_core.OPS), default="sum")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, help="so many ranks in this process, instead of mpirun's (cuda)")
+    add("--graph", action="store_true", help="time the replay of a CUDA graph")
     add("--memory", choices=("symmetric", "private", "both"), default="both")
     add("--algorithm", choices=_core.ALGORITHMS, help="instead of the tuner's choice")
     add("--frameworks", type=parse_list(("torch", "numpy")), help="torch,numpy (torch if there)")
@@ -119,6 +123,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             options.sizes = [parse_size(text) for text in options.sizes.split(",")]
         except argparse.ArgumentTypeError as error:
             parser.error(str(error))
+    against = bench_gpu.reason_against(options)
+    if against:
+        parser.error(against)
     has_torch = importlib.util.find_spec("torch") is not None
     if options.frameworks is None:
         every = ["torch", "numpy"] if options.calls else ["torch"]
@@ -287,6 +294,8 @@ class Bench:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.device == "cuda":
+        return bench_gpu.main(options)
     rr.init(algorithm=options.algorithm)
     comm = rr.world()
 

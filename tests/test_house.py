@@ -53,8 +53,8 @@ PYTHON_ORDER = (
     *("horovod_meeting", "horovod_types", "horovod_ops"),
     *("horovod_optimizer", "horovod_batchnorm", "horovod"),
     *("__init__", "testing"),
-    *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench"),
-    *("simulate", "info", "tune"),
+    *("bench_data", "bench_peers", "bench_timing", "bench_table", "bench_gpu"),
+    *("bench", "simulate", "info", "tune"),
 )
 # The one step up: methods of Communicator whose bodies live in a module of their own.
 UPWARD = {("communicator", "broadcasting")}
@@ -63,7 +63,7 @@ TORCH_MODULES = {
     *("profiling", "gpu_tensors", "tensors", "bootstrap", "launch"),
     *("broadcasting", "buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
-    *("bench_peers", "bench", "info", "simulate"),
+    *("bench_peers", "bench_gpu", "bench", "info", "simulate"),
     *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
     *("horovod_meeting", "horovod_types", "horovod_ops"),
     *("horovod_optimizer", "horovod_batchnorm", "horovod"),
