@@ -17,7 +17,8 @@ site=$(mktemp -d) || exit 1
 readonly site
 trap 'rm -rf "$site"' EXIT
 
-export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export LD_LIBRARY_PATH="$site/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 export PATH="$site/bin:$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 export PYTHONUNBUFFERED=1
 export RINGREDUCE_CUDA_ARCHS=${RINGREDUCE_CUDA_ARCHS:-native}
@@ -65,8 +66,11 @@ finish() {
 has() { "$PYTHON" -c "import $1" 2>"$site/why" || { tail -n 1 "$site/why"; return 1; }; }
 
 if [[ -n ${1:-} ]]; then
+  # Not --target: it drops the lib folder, which is most of an MPI.
   step wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile \
-    --target "$site" "$1"/*.whl || finish
+    --ignore-installed --prefix "$site" "$1"/*.whl || finish
+  packages=$(find "$site" -type d -name '*-packages' -printf '%p:')
+  export PYTHONPATH="$PWD:$packages$PYTHONPATH"
 fi
 step build 240 "$PYTHON" setup.py --quiet build_ext --inplace || finish
 step info 60 "$PYTHON" -m ringreduce.info
