@@ -451,7 +451,8 @@ About about() {
   if (error != cudaSuccess) {
     cudaGetLastError();
     about.devices = 0;
-    about.unavailable = cudaGetErrorString(error);
+    // Its own words for it are that the driver's version is insufficient.
+    about.unavailable = driver == 0 ? "no driver for GPUs" : cudaGetErrorString(error);
   } else if (about.devices == 0) {
     about.unavailable = "no device";
   }
