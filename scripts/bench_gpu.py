@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,12 +60,10 @@ def training(model: nn.Module) -> Loop:
 
 def step_ratio(comm: Communicator, seconds: float) -> float:
     """Step of a DistributedModel over one of all ranks side by side, each alone; both medians."""
-    stream = torch.cuda.Stream()
     # One thread of torch's would run the backward passes of all ranks, which wait for each other.
-    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+    with torch.cuda.stream(torch.cuda.Stream()), torch.autograd.set_multithreading_enabled(False):
         loops = [training(network()), training(rr.DistributedModel(network(), comm=comm))]
         _, times = measure(comm, loops, 11, seconds)
-        stream.synchronize()
     alone_s, together_s = np.median(times, axis=0)
     return float(together_s / alone_s)
 
@@ -85,7 +83,7 @@ def main() -> int:
     two_shot, two_shot_part = found(n, seconds, *large, "two_shot")
     ring, ring_part = found(n, seconds, *large, "ring")
     small, _ = found(n, seconds, "--sizes", "8K", "--algorithm", "one_shot", "--graph")
-    steps: Callable[[Communicator], float] = lambda comm: step_ratio(comm, seconds)  # noqa: E731
+    steps = partial(step_ratio, seconds=seconds)
     ratio = run_threads(n, steps, timeout_s=seconds + LIMIT_S)[0]
     print()
     show(f"float32, {n} ranks, one GPU", "goal", "predicted", "measured")
