@@ -25,6 +25,7 @@ from ringreduce.operands import (
     check_op,
     describe_list,
     operand,
+    stream_of,
 )
 from ringreduce.tensors import describe
 from ringreduce.work import DeviceWork, Work
@@ -363,14 +364,15 @@ class Communicator:
         async_op: bool,
     ) -> DeviceWork:
         """One message of tensors on one GPU. In a blocking call the caller's stream has it then."""
-        packed = DeviceOperands(sources, targets)
+        stream = self._stream(sources[0])
+        packed = DeviceOperands(sources, targets, stream)
         shapes = [source.shape for source in sources]
         operands = [
             (*addresses, shape, None, None)
             for addresses, shape in zip(packed.addresses, shapes, strict=True)
         ]
         operands += stamps
-        dtype, place = sources[0].dtype, self._place(packed)
+        dtype, place = sources[0].dtype, (sources[0].device, stream)
         part = self._submit(
             kind, op_index, dtype, root, operands, packed.keepalive, async_op, *place
         )
@@ -378,15 +380,16 @@ class Communicator:
             packed.unpack()
         return DeviceWork(part, packed)
 
-    def _place(self, packed: DeviceOperands) -> tuple[int, int]:
-        """GPU and stream, for the core."""
-        if packed.stream in DEFAULT_STREAMS and self.bootstrap.in_process and self.size > 1:
+    def _stream(self, x: Array) -> int:
+        """The caller's current one, on x's GPU."""
+        stream = stream_of(x)
+        if stream in DEFAULT_STREAMS and self.bootstrap.in_process and self.size > 1:
             raise ValueError(
                 "ranks that are threads of one process must not use the default stream of a GPU, "
                 "on which each would wait for the others: enter torch.cuda.stream("
                 "torch.cuda.Stream()), as ringreduce.testing.run_threads does for its threads"
             )
-        return packed.device, packed.stream
+        return stream
 
     def _gather(
         self, source: Array, async_op: bool
@@ -402,6 +405,7 @@ class Communicator:
                 tensors.gathered(source, part.output(), sum(part.counts)),
                 part.counts,
             )
+        self._stream(source)  # raises now, or not at all
         # Rows without elements: nothing moves but their number.
         rows = (0, 0, (*(source.shape or (1,)), 0), None, None)
         counts = self._submit(ALLGATHER, 0, source.dtype, 0, [rows], None, False).counts

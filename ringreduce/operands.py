@@ -58,23 +58,33 @@ def describe_list(xs: Iterable[Any], writable: bool = False) -> list[Array]:
     return tensors.describe_all(((f"xs[{i}]", x) for i, x in enumerate(xs)), writable)
 
 
+def stream_of(x: Array) -> int:
+    """The caller's current stream on x's GPU, as cudaStream_t."""
+    return cast(DeviceFramework, x.framework).stream(x.device)
+
+
 class DeviceOperands:
     """The tensors of one message on one GPU: contiguous, and several of them adjacent.
 
-    device, stream: for the core. addresses: of (input, output) of each tensor. keepalive: what must
-    live until the device has finished.
+    addresses: of (input, output) of each tensor. keepalive: what must live until the device has
+    finished.
     """
 
-    def __init__(self, sources: Sequence[Array], targets: Sequence[Array | None]) -> None:
-        """Packs the sources. A target may be the source itself; None: this rank gets no result."""
+    def __init__(
+        self, sources: Sequence[Array], targets: Sequence[Array | None], stream: int
+    ) -> None:
+        """Packs the sources on the stream, which is the caller's current one.
+
+        A target may be the source itself; None: this rank gets no result.
+        """
         first = sources[0]
-        self.device = first.device
+        self._device = first.device
         self._framework = cast(DeviceFramework, first.framework)
-        self.stream = self._framework.stream(self.device)
+        self._stream = stream
         self._targets: list[Any] = []  # to be overwritten with ...
         self._results: list[Any] = []  # ... these, once they are there
         self._brought: Callable[[int], None] | None = None  # the moment after it, once enqueued
-        self._brought_on = self.stream
+        self._brought_on = stream
         self.keepalive: tuple[Any, ...] = (sources, targets)
         if len(sources) == 1:
             self.addresses = [self._place(first, targets[0])]
@@ -93,7 +103,7 @@ class DeviceOperands:
             return address, target.address
         if packed is None:
             shape, dtype = target.shape, target.owner.dtype
-            packed = self._keep(self._framework.empty((math.prod(shape),), dtype, self.device))
+            packed = self._keep(self._framework.empty((math.prod(shape),), dtype, self._device))
         self._bring(packed.owner, [target])
         return address, packed.address
 
@@ -121,7 +131,7 @@ class DeviceOperands:
         self._results = self._framework.split(flat, [target.shape for target in targets])
 
     def current_stream(self) -> int:
-        return self._framework.stream(self.device)
+        return self._framework.stream(self._device)
 
     def unpack(self) -> None:
         """After the call: the results come into their places on the caller's current stream, the
@@ -131,10 +141,10 @@ class DeviceOperands:
         now = self.current_stream()
         if self._brought is None:
             self._framework.assign(self._targets, self._results)
-            self._brought = self._framework.event(self.device)
+            self._brought = self._framework.event(self._device)
             self._brought_on = now
             # Where the packed memory comes from, and may be used again.
-            if now != self.stream:
-                self._brought(self.stream)
+            if now != self._stream:
+                self._brought(self._stream)
         elif now != self._brought_on:
             self._brought(now)

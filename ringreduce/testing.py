@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
 from typing import IO, Any, TypeVar
 
-from ringreduce import ending, settings
+from ringreduce import ending, gpu_tensors, settings
 from ringreduce.bootstrap import Bootstrap
 from ringreduce.communicator import Communicator
 from ringreduce.errors import RingReduceError
@@ -128,15 +128,22 @@ def run_threads(
 
     options: as of `init`. An exception in a rank aborts the others and is raised here, its cause
     naming the rank. After timeout_s raises TimeoutError with the stacks of all threads.
+
+    Where torch or cupy is imported and finds GPUs, each thread has a stream of its own as the
+    current one on each of them, and runs the whole of its backward itself.
     """
     agreed = settings.with_constants(settings.read(os.environ, **options))
     meeting, failures = Meeting(n), _Failures()
     bootstraps = [MeetingBootstrap(meeting.meet, rank, n, in_process=True) for rank in range(n)]
     results: list[Any] = [None] * n
 
+    def start(comm: Communicator) -> Result:
+        gpu_tensors.separate_thread()
+        return fn(comm)
+
     def run(rank: int) -> None:
         bootstraps[rank].settings = agreed
-        results[rank] = _run_rank(fn, bootstraps[rank], failures.add)
+        results[rank] = _run_rank(start, bootstraps[rank], failures.add)
         meeting.leave(rank)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(n)]

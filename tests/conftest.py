@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, why_not
+from fake_gpu import Log, put_in_place
 
 import ringreduce
 from ringreduce import testing
@@ -187,3 +188,9 @@ def ranks(request: pytest.FixtureRequest) -> Callable[..., list[object]]:
     """ranks(n, fn, **options): its test runs twice, with ranks as threads and as forks."""
     runners = {"threads": testing.run_threads, "forks": testing.run_forks}
     return runners[request.param]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Log:
+    """From here on, ranks have GPUs that are none: see fake_gpu.py."""
+    return put_in_place(monkeypatch)
