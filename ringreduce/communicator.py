@@ -281,9 +281,9 @@ class Communicator:
         operands: list[tuple],
         keepalive: object,
         async_op: bool,
-        *place: int,
+        *place: Any,
     ) -> _core.Work:
-        """place: GPU and stream; nothing for the CPU."""
+        """place: GPU, stream, and for an allgather all ranks' rows; nothing for the CPU."""
         submit = self.core.submit
         if not profiling.switch._is_profiler_enabled:
             return submit(kind, op_index, dtype, root, operands, keepalive, async_op, *place)
@@ -362,8 +362,12 @@ class Communicator:
         targets: Sequence[Array | None],
         stamps: list[tuple],
         async_op: bool,
+        rows: Sequence[int] = (),
     ) -> DeviceWork:
-        """One message of tensors on one GPU. In a blocking call the caller's stream has it then."""
+        """One message of tensors on one GPU. In a blocking call the caller's stream has it then.
+
+        rows: of all ranks, for an allgather.
+        """
         stream = self._stream(sources[0])
         packed = DeviceOperands(sources, targets, stream)
         shapes = [source.shape for source in sources]
@@ -372,7 +376,7 @@ class Communicator:
             for addresses, shape in zip(packed.addresses, shapes, strict=True)
         ]
         operands += stamps
-        dtype, place = sources[0].dtype, (sources[0].device, stream)
+        dtype, place = sources[0].dtype, (sources[0].device, stream, list(rows))
         part = self._submit(
             kind, op_index, dtype, root, operands, packed.keepalive, async_op, *place
         )
@@ -411,7 +415,7 @@ class Communicator:
         counts = self._submit(ALLGATHER, 0, source.dtype, 0, [rows], None, False).counts
         result = tensors.empty_rows(source, sum(counts))
         targets = [describe(result)]
-        work = self._run_on_gpu(ALLGATHER, 0, 0, [source], targets, [], async_op)
+        work = self._run_on_gpu(ALLGATHER, 0, 0, [source], targets, [], async_op, counts)
         return work, lambda: (result, counts)
 
     def check_root(self, root: int) -> int:

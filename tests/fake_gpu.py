@@ -102,6 +102,7 @@ class Core:
         asynchronous: bool,
         device: int = -1,
         stream: int = 0,
+        rows: Sequence[int] = (),
     ) -> Any:
         if device < 0:
             return self._real.submit(kind, op, dtype, root, operands, keepalive, asynchronous)
@@ -111,7 +112,8 @@ class Core:
         shapes = [tuple(operand[2]) for operand in operands]
         self._log.add(KIND_NAMES[kind], device, shapes)
         target = 0
-        if kind == _core.KINDS["allgather"]:
+        assert len(rows) == (self._real.size if kind == _core.KINDS["allgather"] else 0)
+        if rows:
             (source, target, *rest) = operands[0]
             operands = [(source, 0, *rest)]
         work = self._real.submit(kind, op, dtype, root, operands, keepalive, asynchronous)
