@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringreduce import tensors
+from ringreduce.arrays import CPU
 from ringreduce.collectives import communicator_of
 from ringreduce.communicator import Communicator
 from ringreduce.errors import MismatchError
@@ -61,21 +62,25 @@ def broadcast_optimizer_state(
     root = comm.check_root(root)
     groups = [group["params"] for group in optimizer.param_groups]
     parameters = [(f"group {i}, parameter", x) for i, group in enumerate(groups) for x in group]
-    lines = [
-        f"{name} {array}"
-        for (name, _), array in zip(parameters, tensors.describe_all(parameters), strict=True)
-    ]
+    arrays = tensors.describe_all(parameters)
+    lines = [f"{name} {array}" for (name, _), array in zip(parameters, arrays, strict=True)]
     _require_same("broadcast_optimizer_state", lines, comm)
     found: list[Any] = []
     structure = None
     if comm.rank == root:
         structure = _take_tensors(optimizer.state_dict(), found)
         tensors.describe_all(((f"state[{i}]", x) for i, x in enumerate(found)), writable=True)
-    structure, blanks = broadcast_object(
-        (structure, [(tuple(x.shape), x.dtype) for x in found]), root, comm=comm
-    )
+    # State may be on the CPU where parameters are on a GPU; which GPU is each rank's own.
+    on_gpu = [tensors.describe(x).device != CPU for x in found]
+    blanks = [(tuple(x.shape), x.dtype, gpu) for x, gpu in zip(found, on_gpu, strict=True)]
+    structure, blanks = broadcast_object((structure, blanks), root, comm=comm)
     if comm.rank != root:
-        found = [tensors.blank(shape, dtype).allocate() for shape, dtype in blanks]
+        device = max((array.device for array in arrays), default=CPU)
+        own = None if device == CPU else f"cuda:{device}"
+        found = [
+            tensors.blank(shape, dtype, own if gpu else None).allocate()
+            for shape, dtype, gpu in blanks
+        ]
     comm.grouped_broadcast_(found, root)
     if comm.rank != root:
         optimizer.load_state_dict(_put_tensors(structure, found))

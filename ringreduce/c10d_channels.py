@@ -30,10 +30,12 @@ class Channels:
         self._lock = threading.Lock()
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Pending:
-        return Pending(self._channel(self._rank, to, tag).submit(tensor.detach(), False))
+        channel = self._channel(self._rank, to, tag)
+        return Pending(channel.submit(tensor.detach(), False), tensor.device)
 
     def receive(self, tensor: Tensor, source: int, tag: int) -> Pending:
-        return Pending(self._channel(source, self._rank, tag).submit(tensor.detach(), True))
+        channel = self._channel(source, self._rank, tag)
+        return Pending(channel.submit(tensor.detach(), True), tensor.device)
 
     def close(self) -> None:
         for channel in self._channels.values():
@@ -56,8 +58,12 @@ class _Channel:
         self._comm: Communicator | None = None
         self._executor = ThreadPoolExecutor(1, "ringreduce-channel")
 
-    def submit(self, tensor: Tensor, receives: bool) -> Future[None]:
-        return self._executor.submit(self._transfer, tensor, receives)
+    def submit(self, tensor: Tensor, receives: bool) -> Future[Any]:
+        """Its result: the moment when it is there, of a tensor on a GPU; else None."""
+        if not tensor.is_cuda:
+            return self._executor.submit(self._transfer, tensor, receives)
+        ready = torch.cuda.current_stream(tensor.device).record_event()
+        return self._executor.submit(self._transfer_on_gpu, tensor, receives, ready)
 
     def close(self) -> None:
         """Waits for a message under way; what was queued behind it is dropped."""
@@ -74,15 +80,31 @@ class _Channel:
             with torch.no_grad():
                 tensor.copy_(flat.view(tensor.shape))
 
+    def _transfer_on_gpu(
+        self, tensor: Tensor, receives: bool, ready: torch.cuda.Event
+    ) -> torch.cuda.Event:
+        stream = torch.cuda.Stream(tensor.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            tensor.record_stream(stream)
+            self._transfer(tensor, receives)
+            return stream.record_event()
+
 
 class Pending:
     """A message under way, to be waited for like a `ringreduce.Work`."""
 
-    def __init__(self, future: Future[Any]) -> None:
+    def __init__(self, future: Future[Any], device: torch.device) -> None:
         self._future = future
+        self._device = device
 
     def wait(self, timeout: float | None = None) -> None:
-        self._future.result(timeout)
+        event = self._future.result(timeout)
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
 
     def done(self) -> bool:
-        return self._future.done()
+        if not self._future.done() or self._future.cancelled() or self._future.exception():
+            return self._future.done()
+        event = self._future.result()
+        return event is None or event.query()

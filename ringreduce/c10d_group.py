@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringreduce import _core, tensors
+from ringreduce import _core
 from ringreduce.c10d_channels import Channels
 from ringreduce.c10d_work import Callbacks, GroupWork, Waitable
-from ringreduce.communicator import ALLGATHER, Communicator
+from ringreduce.communicator import Communicator
 from ringreduce.errors import MismatchError, RingReduceError
 from ringreduce.work import Work
 
@@ -47,6 +47,8 @@ class ProcessGroup(_ProcessGroup):
     Raises what the functions of ringreduce raise, from the backward() of a DDP model too.
     """
 
+    # Where torch puts what it sends by itself, as objects. With "cuda" it would look for backends
+    # of its own.
     _device_types = property(lambda self: [torch.device("cpu")])
 
     def __init__(self, rank: int, size: int, open_communicator: Open) -> None:
@@ -253,7 +255,7 @@ class ProcessGroup(_ProcessGroup):
                 raise ValueError(f"scatter takes {self.size()} inputs of the output's size")
             rows = torch.stack([x.detach().reshape(-1) for x in inputs])
         else:
-            rows = torch.empty(self.size(), output.numel(), dtype=output.dtype)
+            rows = output.new_empty(self.size(), output.numel())
         started = self._comm().broadcast_(_carried(rows), root, async_op=asynchronous)
 
         def finish(results: list[Any]) -> None:
@@ -341,17 +343,14 @@ class ProcessGroup(_ProcessGroup):
 
     def _gather(self, x: Tensor, opts: Any) -> Work:
         """Its result: what all ranks gave, flat, and the number of elements of each."""
-        source = tensors.describe(_carried(x.detach()).reshape(-1))
-        operand = (source.address, 0, source.shape, source.strides, None)
-        part = self._comm().core.submit(
-            ALLGATHER, 0, source.dtype, 0, [operand], source.owner, _asynchronous(opts)
-        )
+        flat = _carried(x.detach()).reshape(-1)
+        work = self._comm().gather_rows(flat, async_op=_asynchronous(opts))
 
         def result() -> Gathered:
-            whole = tensors.gathered(source, part.output(), sum(part.counts))
-            return whole.view(x.dtype), part.counts
+            whole, counts = work.wait()
+            return whole.view(x.dtype), counts
 
-        return Work((part,), finish=result)
+        return Work((work,), finish=result)
 
     def _allreduce_sparse(self, tensor: Tensor, opts: Any) -> GroupWork:
         """The sum of sparse tensors: everyone's entries, in rank order."""

@@ -1,7 +1,8 @@
 """Works and futures of the torch.distributed backend: how a torch program waits for collectives.
 
 torch's reducer and its communication hooks know of no `Work.wait`, only of futures with callbacks.
-A thread for each group completes them. What the collectives do is in c10d.py.
+A thread for each group completes them. What the collectives do is in c10d.py. Whoever waits for
+tensors on a GPU, waits on its current stream; that thread has streams of its own there.
 """
 
 from __future__ import annotations
@@ -55,6 +56,16 @@ class Callbacks:
         else:
             self._executor.submit(task)
 
+    def enter(self, gpus: Sequence[torch.device]) -> None:
+        """On its thread: from now on on streams of its own, as others must not wait with it."""
+        if not self.here():
+            return
+        known = self._thread.__dict__.setdefault("gpus", set())
+        for gpu in gpus:
+            if gpu not in known:
+                torch.cuda.set_stream(torch.cuda.Stream(gpu))
+                known.add(gpu)
+
     def keep(self, work: GroupWork, tensors: Sequence[Any]) -> None:
         """A work of little memory outlives the program's interest in it, for a while."""
         size_bytes = sum(x.numel() * x.itemsize for x in tensors if isinstance(x, torch.Tensor))
@@ -92,6 +103,8 @@ class GroupWork(dist._Work):
         self._future: _Future | None = None
         self._starting = threading.Lock()
         self._waited = False
+        self._gpus = _gpus_of(value)
+        self._finished: list[tuple[torch.device, torch.cuda.Event]] = []
         callbacks.keep(self, value)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -102,6 +115,11 @@ class GroupWork(dist._Work):
             if self._finish is not None:
                 self._finish(results)
                 self._finish = None
+                self._finished = [
+                    (gpu, torch.cuda.current_stream(gpu).record_event()) for gpu in self._gpus
+                ]
+            for gpu, event in self._finished:
+                torch.cuda.current_stream(gpu).wait_event(event)
         self._waited = True
         return True
 
@@ -131,7 +149,7 @@ class GroupWork(dist._Work):
         with self._starting:
             if self._future is not None:
                 return self._future
-            future = self._future = _Future(self._callbacks, self)
+            future = self._future = _Future(self._callbacks, self._gpus, self)
         if self._waited:
             self.complete()
             return future
@@ -147,6 +165,7 @@ class GroupWork(dist._Work):
         future = self._future
         if future is None or future.done():
             return
+        self._callbacks.enter(self._gpus)
         try:
             self.wait()
         except Exception as error:
@@ -158,13 +177,20 @@ class GroupWork(dist._Work):
 class _Future(torch.futures.Future):
     """One whose callbacks run on the thread of the callbacks even if it is complete already."""
 
-    def __init__(self, callbacks: Callbacks, work: GroupWork | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        callbacks: Callbacks,
+        gpus: Sequence[torch.device],
+        work: GroupWork | None = None,
+    ) -> None:
+        """gpus: where its value is; who waits for it does so on the current streams there."""
+        super().__init__(devices=list(gpus))
         self.work = work  # until it is complete; of the value of a callback, there is none
         self.error: Exception | None = (
             None  # of the work: C++ takes a value that is one for tensors
         )
         self._callbacks = callbacks
+        self._gpus = gpus
 
     def wait(self) -> Any:
         if self._callbacks.here():
@@ -178,11 +204,14 @@ class _Future(torch.futures.Future):
         return super().value()
 
     def then(self, callback: Callable[[Any], Any]) -> torch.futures.Future:
-        derived = _Future(self._callbacks)
+        derived = _Future(self._callbacks, self._gpus)
 
         def run() -> None:
             self._complete()
+            self._callbacks.enter(self._gpus)
             try:
+                if self._gpus and self.error is None:
+                    self.wait()  # on this thread's streams
                 value = callback(self)
             except Exception as error:
                 derived.set_exception(error)
@@ -199,3 +228,15 @@ class _Future(torch.futures.Future):
         work = self.work
         if work is not None:
             work.complete()
+
+
+def _gpus_of(value: Sequence[Any]) -> list[torch.device]:
+    """Where the tensors in a list, or in lists in it, are; without the CPU."""
+    found: dict[torch.device, None] = {}
+    for x in value:
+        if isinstance(x, torch.Tensor):
+            if x.is_cuda:
+                found[x.device] = None
+        elif isinstance(x, (list, tuple)):
+            found |= dict.fromkeys(_gpus_of(x))
+    return list(found)

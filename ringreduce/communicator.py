@@ -28,7 +28,7 @@ from ringreduce.operands import (
     stream_of,
 )
 from ringreduce.tensors import describe
-from ringreduce.work import DeviceWork, Work
+from ringreduce.work import DeviceWork, Part, Work
 
 if TYPE_CHECKING:
     from ringreduce.bootstrap import Bootstrap
@@ -338,7 +338,7 @@ class Communicator:
             for array in targets:
                 tensors.mark_written(array)
         results = [target.owner for target in targets]
-        works: list[_core.Work | DeviceWork] = []
+        works: list[Part] = []
         for (dtype, device), members in messages.items():
             mine, theirs = [sources[i] for i in members], [targets[i] for i in members]
             if device != CPU:
@@ -397,7 +397,7 @@ class Communicator:
 
     def _gather(
         self, source: Array, async_op: bool
-    ) -> tuple[_core.Work | DeviceWork, Callable[[], tuple[Any, list[int]]]]:
+    ) -> tuple[Part, Callable[[], tuple[Any, list[int]]]]:
         """What waits for an allgather, and what makes of it then the result, and all ranks' rows.
 
         On a GPU the result must be there before: the host meets the others, also with async_op.

@@ -246,6 +246,8 @@ class GradientReducer:
             run.missing.update(slot.index for slot in run.slots)
             run.grads[:] = [None] * len(run.slots)
             run.work = None
+            if run.streams is not None:
+                run.streams.forget()
         self._next = 0
         self._dirty.clear()
         self._weight = self._factor = None
@@ -268,13 +270,16 @@ class GradientReducer:
 
     def _counter(self, slot: Slot, run: Run) -> Callable[[Tensor], None]:
         """The hook of a parameter: the hot path, called once for each in every backward."""
-        index, missing, grads = slot.index, run.missing, run.grads
+        index, missing, grads, streams = slot.index, run.missing, run.grads, run.streams
         discard, place = missing.discard, slot.index - run.slots[0].index
 
         def count(parameter: Tensor) -> None:
             if not self._armed and not self._begin_late():
                 self._local.add(index)
-            elif run.work is not None:
+                return
+            if streams is not None:
+                streams.note()
+            if run.work is not None:
                 self._dirty.add(run.index)
             elif (grad := parameter.grad) is not None:
                 grads[place] = grad
@@ -328,7 +333,7 @@ class GradientReducer:
             )
             self._totals.gradient_bytes += run.flat.nbytes
 
-    # ---- At the end of backward, on the thread that called it.
+    # ---- At the end of backward, on the thread that called it, or that torch has for the GPU.
 
     @profiling.spanned("ringreduce::finish")
     def _finish(self) -> None:

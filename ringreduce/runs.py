@@ -5,8 +5,9 @@ When, and what is done with the results, is decided in gradients.py.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from ringreduce import _core, profiling
 from ringreduce.buckets import Bucket, Place
 from ringreduce.codecs import Codec, Pending, Plain
 from ringreduce.communicator import Communicator
+from ringreduce.operands import stream_of
+from ringreduce.tensors import describe
 from ringreduce.work import Work
 
 
@@ -70,11 +73,67 @@ class Slot:
         self.parameter.grad = self.published
 
 
+class _Streams:
+    """On which streams of a GPU the gradients of a bucket were made: usually one, the packer's."""
+
+    def __init__(self, wire: Tensor) -> None:
+        self._device = wire.device
+        self._array = describe(wire)
+        self._found: set[int] = set()
+
+    def note(self) -> None:
+        """The caller's current one."""
+        self._found.add(stream_of(self._array))
+
+    def forget(self) -> None:
+        self._found.clear()
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Within, the caller's current stream comes after the others; then they come after it, as
+        there the memory of gradients is used again."""
+        current = stream_of(self._array)
+        others = [
+            torch.cuda.ExternalStream(x, device=self._device)
+            for x in list(self._found)  # other threads add
+            if x != current
+        ]
+        for other in others:
+            torch.cuda.current_stream(self._device).wait_stream(other)
+        yield
+        for other in others:
+            other.wait_stream(torch.cuda.current_stream(self._device))
+
+
+class _DevicePacker:
+    """On a GPU what _core.Packer is on the CPU."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+
+    def pack(self, grads: Sequence[Tensor | None]) -> list[int]:
+        """All that is plain, in few kernels. Returns the indices of what it left out."""
+        views, plain, left = [], [], []
+        for i, (grad, slot) in enumerate(zip(grads, self._slots, strict=True)):
+            if grad is None or grad.is_sparse or points_to(grad, slot.address):
+                left.append(i)
+            else:
+                views.append(slot.view)
+                plain.append(grad)
+        if plain:
+            torch._foreach_copy_(views, plain)
+        return left
+
+
 class Run:
-    """A bucket at work."""
+    """A bucket at work.
+
+    streams: None on the CPU.
+    """
 
     __slots__ = (
-        *("index", "wire", "flat", "slots", "missing", "grads", "ready_ns", "work", "_packer"),
+        *("index", "wire", "flat", "slots", "missing", "grads", "ready_ns", "work"),
+        *("streams", "_packer"),
     )
 
     def __init__(
@@ -103,7 +162,11 @@ class Run:
         self.grads: list[Tensor | None] = [None] * len(self.slots)
         self.ready_ns = 0  # when its last gradient was there
         self.work: Pending | None = None  # of this backward, once it is launched
-        self._packer = _core.Packer([slot.view for slot in self.slots])
+        self.streams = _Streams(self.wire) if self.wire.is_cuda else None
+        views = [slot.view for slot in self.slots]
+        self._packer: _core.Packer | _DevicePacker = (
+            _core.Packer(views) if self.streams is None else _DevicePacker(self.slots)
+        )
 
     def reduce(
         self,
@@ -121,7 +184,8 @@ class Run:
         what is there already. factor: of every gradient; None is 1. async_op: False: returns, if it
         can be, when the bucket is reduced.
         """
-        self._pack(unused, factor, keeps)
+        with self.streams.joined() if self.streams is not None else contextlib.nullcontext():
+            self._pack(unused, factor, keeps)
         if type(codec) is not Plain:
             self.work, size_bytes = codec.reduce(comm, self.wire, op, self.index)
             return size_bytes

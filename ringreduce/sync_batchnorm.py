@@ -170,10 +170,18 @@ def _statistics(x: Tensor, comm: Communicator) -> tuple[Tensor, Tensor, float]:
     everyone = comm.allgather(mine)
     counts = everyone[:, :1]
     means, variances = everyone[:, 1:].chunk(2, 1)
-    total = float(counts.sum())
+    total = _total(count, counts, comm)
     shares = counts / max(1.0, total)
     mean = (shares * means).sum(0)
     return mean, (shares * (variances + (means - mean) ** 2)).sum(0), total
+
+
+def _total(count: int, counts: Tensor, comm: Communicator) -> float:
+    """Collective: of all counts, which lie on x's device; of this rank's, the host knows it too."""
+    if counts.is_cpu:
+        return float(counts.sum())
+    # To read it from a GPU would be to wait for all that is before it.
+    return float(sum(int(message) for message in comm.exchange(b"%d" % count)))
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

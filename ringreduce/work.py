@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ringreduce import _core
 from ringreduce.errors import MismatchError
 from ringreduce.operands import DeviceOperands
+
+
+class Part(Protocol):
+    """What a Work waits for, as the core's."""
+
+    def wait(self, timeout_s: float | None = None, /) -> object: ...
+
+    def done(self) -> bool: ...
+
+    def times_ns(self) -> tuple[int, int]: ...
 
 
 class DeviceWork:
@@ -44,7 +54,7 @@ class Work:
 
     def __init__(
         self,
-        parts: Sequence[_core.Work | DeviceWork],
+        parts: Sequence[Part],
         result: Any = None,
         finish: Callable[[], Any] | None = None,
         give_up: Callable[[str], None] | None = None,

@@ -7,15 +7,16 @@ of it in place.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ringreduce import _core, arrays, gpu_tensors, tensors
+from ringreduce import _core, arrays, gpu_tensors, runs, tensors
 from ringreduce.bootstrap import Bootstrap
 
 KIND_NAMES = {kind: name for name, kind in _core.KINDS.items()}
@@ -31,6 +32,10 @@ class FakeCuda(torch.Tensor):
 
     def get_device(self) -> int:
         return self.index
+
+    def to(self, *args: Any, device: object = None, **kwargs: Any) -> Any:
+        assert device in (None, self.device)
+        return super().to(*args, **kwargs)
 
 
 class FakeCuda1(FakeCuda):
@@ -163,6 +168,17 @@ def _assert_adjacent(operands: Sequence[tuple], item_bytes: int) -> None:
             assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
 
 
+@contextlib.contextmanager
+def joined(streams: runs._Streams, log: Log) -> Iterator[None]:
+    """In place of what needs CUDA's own streams."""
+    others = sorted(streams._found - {log.stream})
+    for other in others:
+        log.add("join", other)
+    yield
+    for other in others:
+        log.add("part", other)
+
+
 def put_in_place(patch: Any) -> Log:
     """patch: pytest's monkeypatch."""
     log = Log()
@@ -198,6 +214,7 @@ def put_in_place(patch: Any) -> Log:
     def separate_thread() -> None:
         log.stream = next(numbers)
 
+    patch.setattr(runs._Streams, "joined", lambda self: joined(self, log))
     patch.setattr(Bootstrap, "make_core", make_core)
     patch.setattr(type(framework), "empty", empty)
     patch.setattr(type(framework), "gpu", lambda self, number: int(number or 0))

@@ -8,6 +8,7 @@ that has joined takes part with zeros. Knows no tensors: those are Communicator'
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import threading
@@ -18,10 +19,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ringreduce import _core, tensors
 from ringreduce.communicator import ALLGATHER, ALLREDUCE, BARRIER, BROADCAST, Communicator
 from ringreduce.errors import MismatchError
+from ringreduce.operands import stream_of
 
 KIND_NAMES = {kind: name for name, kind in _core.KINDS.items()}
 NEGOTIATION = 2**31 - 1  # the stamp of the messages in which ranks tell what they wait for
@@ -37,9 +40,10 @@ class Message(NamedTuple):
     root: int
     operands: list[tuple[Any, ...]]
     keepalive: Any
+    place: tuple[Any, ...] = ()  # on a GPU: which, the stream, and rows
 
     def start(self, core: _core.Communicator, asynchronous: bool) -> _core.Work:
-        return core.submit(*self, asynchronous)
+        return core.submit(*self[:-1], asynchronous, *self.place)
 
     def stamped(self, name: str) -> Message:
         """Meets only messages of the same name and root. Only broadcasts need the root itself."""
@@ -55,12 +59,27 @@ class Message(NamedTuple):
 
     def zeros(self) -> Message:
         """One like it that a rank without data can send."""
+        if self.place:
+            return self._zeros_on_gpu()
         operands, kept = [], []
         for *_, shape, _, _ in self.operands:
             kept.append(memory := np.zeros(math.prod(shape) * MAX_ITEM_BYTES, np.uint8))
             address = memory.ctypes.data if memory.size else 0
             operands.append((address, address, shape, None, None))
         return self._replace(operands=operands, keepalive=kept)
+
+    def _zeros_on_gpu(self) -> Message:
+        """On this rank's GPU, whichever the message is from."""
+        sizes = [math.prod(operand[2]) * _core.ITEM_BYTES[self.dtype] for operand in self.operands]
+        memory = tensors.blank(sum(sizes), torch.uint8, "cuda").allocate().zero_()
+        array = tensors.describe(memory)
+        places = itertools.accumulate(sizes, initial=array.address)
+        operands = [
+            (address, address, operand[2], None, None)
+            for address, operand in zip(places, self.operands, strict=False)
+        ]
+        place: tuple[Any, ...] = (array.device, stream_of(array), [])
+        return self._replace(operands=operands, keepalive=memory, place=place)
 
 
 class Part:
@@ -74,15 +93,18 @@ class Part:
         self.work: _core.Work | None = None
         self._meeting = meeting
 
-    def wait(self, timeout_s: float | None = None) -> None:
+    def wait(self, timeout_s: float | None = None, stream: int | None = None) -> None:
         if self.error is None and not self.refused:
             assert self.work is not None
             try:
-                self.work.wait(timeout_s)
+                self.work.wait(timeout_s, stream)
             except MismatchError:
                 self.refused = True
         if self.refused:
             self._meeting.negotiate(lambda: not self.refused)
+            if self.error is None and stream is not None:
+                assert self.work is not None
+                self.work.wait(timeout_s, stream)
         if self.error is not None:
             raise self.error
 
@@ -141,7 +163,7 @@ class Meeting:
                     self._open[name] = part
                     part.refused = True
         if not asynchronous:
-            part.wait()
+            part.wait(None, message.place[1] if message.place else None)
         return part
 
     def join(self) -> int:
@@ -234,7 +256,9 @@ class Meeting:
         part = self._open.pop(name, None)
         message = outline.zeros() if part is None else part.message
         try:
-            work = message.start(self._core, False)
+            # On a GPU asynchronously: who waits for it may do so on another stream.
+            work = message.start(self._core, bool(message.place))
+            work.wait()
         except MismatchError as error:
             if part is not None:
                 self._open[name] = part
@@ -268,16 +292,25 @@ class _NamedCore:
         self._name = name
         self._num_messages = 0
 
-    def submit(self, *message: Any) -> Part:
-        *fields, asynchronous = message
-        kind = fields[0]
+    def submit(
+        self,
+        kind: int,
+        op: int,
+        dtype: int,
+        root: int,
+        operands: list[tuple[Any, ...]],
+        keepalive: Any,
+        asynchronous: bool,
+        *place: Any,
+    ) -> Part:
+        message = Message(kind, op, dtype, root, operands, keepalive, place)
         if self._name is None:
             self._name = self._meeting.number(kind)
         name = f"{KIND_NAMES[kind]} {self._name}"
         if self._num_messages:
             name += f" ({self._num_messages})"
         self._num_messages += 1
-        return self._meeting.submit(name, Message(*fields), asynchronous)
+        return self._meeting.submit(name, message, asynchronous)
 
     @property
     def sequence(self) -> int:
