@@ -113,16 +113,31 @@ class _PolledStore:
 
     def __init__(self, store: dist.Store) -> None:
         self.set, self.get, self.delete_key = store.set, store.get, store.delete_key
-        self._check = store.check
+        self.check = store.check
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:
         limit = time.monotonic() + timeout.total_seconds()
         nap_s = 1e-4
-        while not self._check(keys):
+        while not self.check(keys):
             if time.monotonic() > limit:
                 raise RuntimeError(f"{keys[0]} did not appear")
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, POLL_S)
+
+
+class _Counts:
+    """In a store."""
+
+    def __init__(self, store: Any, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+
+    def write(self, name: str, count: int) -> None:
+        self._store.set(f"{self._prefix}/{name}/sent", str(count))
+
+    def read(self, name: str) -> int:
+        key = f"{self._prefix}/{name}/sent"
+        return int(self._store.get(key)) if self._store.check([key]) else 0
 
 
 def _print_errors_at_once() -> None:
@@ -165,7 +180,7 @@ def _create(options: Any, _: Any) -> ProcessGroup:
         bootstrap.opened.append(core)
         return Communicator(core, bootstrap, f"torch group {options.group_id}")
 
-    return ProcessGroup(rank, size, open_communicator)
+    return ProcessGroup(rank, size, open_communicator, _Counts(store, prefix))
 
 
 dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])

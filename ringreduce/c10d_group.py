@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringreduce import _core
-from ringreduce.c10d_channels import Channels
+from ringreduce.c10d_channels import Channels, Counts
 from ringreduce.c10d_work import Callbacks, GroupWork, Waitable
 from ringreduce.communicator import Communicator
 from ringreduce.errors import MismatchError, RingReduceError
@@ -51,13 +51,13 @@ class ProcessGroup(_ProcessGroup):
     # of its own.
     _device_types = property(lambda self: [torch.device("cpu")])
 
-    def __init__(self, rank: int, size: int, open_communicator: Open) -> None:
+    def __init__(self, rank: int, size: int, open_communicator: Open, counts: Counts) -> None:
         super().__init__(rank, size)
         self._open = open_communicator
         self._main = open_communicator("", rank, size)
         self._of_callbacks: Communicator | None = None
         self._callbacks = Callbacks()
-        self._channels = Channels(rank, open_communicator)
+        self._channels = Channels(rank, size, open_communicator, counts)
         self._name = self._description = ""
 
     # ---- What torch asks about a group.
@@ -306,10 +306,11 @@ class ProcessGroup(_ProcessGroup):
         started = self._channels.receive(_carried(tensor), src_rank, tag)
         return GroupWork([started], [tensor], self._callbacks)
 
-    def recv_anysource(self, tensors: Any, tag: int) -> GroupWork:
-        raise RingReduceError(
-            "the ringreduce backend cannot receive from whoever sends first: give recv a src"
-        )
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> GroupWork:
+        tensor = _single(tensors)
+        timeout_s = self._main.bootstrap.settings.timeout_s
+        started = self._channels.receive_any(_carried(tensor), tag, timeout_s)
+        return GroupWork([started], [tensor], self._callbacks)
 
     # The same calls under the names of older torch.
     _allgather_base = all_gather_single

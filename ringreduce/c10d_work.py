@@ -144,6 +144,10 @@ class GroupWork(dist._Work):
     def synchronize(self) -> None:
         self.wait()
 
+    def _source_rank(self) -> int:
+        """Of a recv, after wait: the sender's rank in the group. -1: not known, or no recv."""
+        return getattr(self._works[0], "source", -1)
+
     def get_future(self) -> torch.futures.Future:
         """Completed by the thread of the callbacks. Within one, or after wait, complete at once."""
         with self._starting:

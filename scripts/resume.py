@@ -11,6 +11,7 @@ differs, which training amplifies. Network and text are transformer.py's.
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,7 @@ class Training:
         self.sampler = torch.Generator().manual_seed(args.seed)  # the same on all ranks
         rest = None
         if rr.rank() == 0 and args.checkpoint.exists():  # only rank 0 needs to see the file
-            rest = torch.load(args.checkpoint, weights_only=True)  # unpickles nothing else
-            network.load_state_dict(rest.pop("network"))
-            self.optimizer.load_state_dict(rest.pop("optimizer"))
+            rest = load(args.checkpoint, network, self.optimizer)
         self.model = rr.DistributedModel(network)  # all ranks get rank 0's values
         rest = rr.broadcast_object(rest)
         if rest is not None:
@@ -71,6 +70,22 @@ class Training:
             stream.flush()
             os.fsync(stream.fileno())  # before the file gets its name
         part.replace(file)
+
+
+def load(
+    file: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Returns what is in the file beside network and optimizer. Raises ValueError naming it."""
+    try:
+        rest = torch.load(file, weights_only=True)  # unpickles nothing else
+        network.load_state_dict(rest.pop("network"))
+        optimizer.load_state_dict(rest.pop("optimizer"))
+        return {name: rest[name] for name in ("step", "sampler", "random")}
+    except Exception as error:  # of torch, zipfile, pickle: whatever half a file makes of them
+        raise ValueError(
+            f"{file} is no checkpoint of this network: truncated, or of other settings? Give "
+            f"another one with --checkpoint, or remove it to begin anew ({error!r})"
+        ) from error
 
 
 def train(training: Training, text: Tensor, args: argparse.Namespace) -> Tensor:

@@ -99,6 +99,20 @@ works.append(dist.irecv(y, (r - 1) % n, tag=1))  # tags may be received in any o
 works.append(dist.irecv(x, (r - 1) % n))
 [work.wait() for work in works]
 assert (x == 10 * ((r - 1) % n)).all() and (y == 10 * ((r - 1) % n) + 1).all()
+if r == 0:  # from any source: each message to the earliest recv that it suits
+    xs = [torch.empty(2) for _ in range(5)]
+    works = [dist.irecv(xs[0], 2, tag=7)] + [dist.irecv(x, tag=7) for x in xs[1:4]]
+    sources = [work.wait() and work._source_rank() for work in works]
+    assert sources[0] == 2 and sorted(sources) == [1, 1, 2, 2]
+    received = list(zip(sources, (x.tolist() for x in xs), strict=False))
+    assert all([x for s, x in received if s == i] == [[i, 0], [i, 1]] for i in (1, 2))
+    dist.send(torch.ones(2), 1)
+    assert dist.recv(xs[4]) == 1 and (xs[4] == 9).all()
+else:
+    [dist.send(torch.tensor([1.0 * r, i]), 0, tag=7) for i in range(2)]
+    if r == 1:
+        assert dist.recv(z := torch.empty(2)) == 0 and (z == 1).all()
+        dist.send(torch.full((2,), 9.0), 0)
 
 works = [dist.all_reduce(full(i, 1000), async_op=True) for i in range(5)]
 assert [work.result()[0][0].item() for work in works[::-1]] == [12, 9, 6, 3, 0]
@@ -319,12 +333,6 @@ x, y = torch.full((4,), float(r)), torch.empty(4)
 swaps = [dist.P2POp(dist.isend, x, 1 - r), dist.P2POp(dist.irecv, y, 1 - r)]
 [work.wait() for work in dist.batch_isend_irecv(swaps)]
 assert (y == 1 - r).all()
-try:
-    dist.recv(y)
-except RuntimeError as error:
-    assert "give recv a src" in str(error)
-else:
-    raise AssertionError("recv without a source")
 assert {type(group).__name__ for group in _world.pg_map} == {"ProcessGroup"}
 assert all(type(group).__module__ == "ringreduce.c10d_group" for group in _world.pg_map)
 dist.destroy_process_group()

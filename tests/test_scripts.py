@@ -109,6 +109,17 @@ def run(name, steps, *more):
 run("whole", 10)
 for steps in (4, 7, 10):
     run("parts", steps)
+rr.barrier()
+half = resume.Path(f"half{{rr.rank()}}.pt")
+half.write_bytes(resume.Path("parts.pt").read_bytes()[:-1000])
+other = torch.nn.Linear(1, 1)
+for file in half, resume.Path("parts.pt"):  # truncated; of another network
+    try:
+        resume.load(file, other, torch.optim.AdamW(other.parameters()))
+    except ValueError as error:
+        assert f"{{file}} is no checkpoint" in str(error)
+    else:
+        raise AssertionError("no error")
 run("even", 4, "--dropout=0")
 run("even_whole", 10, "--dropout=0")
 
