@@ -72,9 +72,7 @@ class Training:
         part.replace(file)
 
 
-def load(
-    file: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load(file: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns what is in the file beside network and optimizer. Raises ValueError naming it."""
     try:
         rest = torch.load(file, weights_only=True)  # unpickles nothing else
