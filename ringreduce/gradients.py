@@ -90,6 +90,7 @@ class GradientReducer:
         self._local_task = -1  # the backward that is not to be reduced
         self._lock = threading.Lock()
         self._closed = False
+        self._hooked = any(slot.parameter._post_accumulate_grad_hooks for slot in self._slots)
         self._handles = [
             slot.parameter.register_post_accumulate_grad_hook(self._counter(slot, run))
             for run in self._runs
@@ -242,6 +243,10 @@ class GradientReducer:
     def _prepare(self, weighted: bool, counts: bool) -> None:
         """Sets out for a reduction. counts: whether this rank has anything to be weighted."""
         self._begin_ns = time.monotonic_ns()
+        for slot in self._slots:
+            grad = slot.parameter.grad
+            if grad is not None and grad is not slot.published:
+                self._take_out(slot, grad)
         for run in self._runs:
             run.missing.update(slot.index for slot in run.slots)
             run.grads[:] = [None] * len(run.slots)
@@ -256,6 +261,11 @@ class GradientReducer:
             self._factor = self._weight
             if self._divides_first():
                 self._factor /= self._total_weight() or 1.0
+
+    def _take_out(self, slot: Slot, grad: Tensor) -> None:
+        """A gradient that was moved here from another parameter lies in that one's place."""
+        if not points_to(grad, slot.address) and any(run.holds(grad) for run in self._runs):
+            slot.parameter.grad = grad.clone()
 
     def _divides_first(self) -> bool:
         """Weighted gradients, and sums of them, may be too large for float16."""
@@ -283,8 +293,10 @@ class GradientReducer:
                 self._dirty.add(run.index)
             elif (grad := parameter.grad) is not None:
                 grads[place] = grad
-                if len(parameter._post_accumulate_grad_hooks) > 1:
-                    parameter.grad = grad.clone()  # a user's hook, still to come, may write to it
+                if self._hooked:
+                    parameter.grad = grad.clone()
+                elif len(parameter._post_accumulate_grad_hooks) > 1:
+                    self._set_apart()
                 discard(index)
                 if not missing:
                     run.ready_ns = time.monotonic_ns()
@@ -292,6 +304,14 @@ class GradientReducer:
 
         count.reducer = self  # type: ignore[attr-defined]  # for reducers_of
         return count
+
+    def _set_apart(self) -> None:
+        """A user's hook, still to come, may write to any gradient: from now on, to a copy."""
+        self._hooked = True
+        for run in self._runs:
+            for slot, grad in zip(run.slots, run.grads, strict=True):
+                if grad is not None and slot.parameter.grad is grad:
+                    slot.parameter.grad = grad.clone()
 
     def _guard(self, slot: Slot) -> Callable[[Tensor], None]:
         """Before a gradient is accumulated: what is reduced already must not be reduced again."""

@@ -45,7 +45,8 @@ class DistributedModel(nn.Module):
     all ranks must call it, and where one loss has several models, run their forwards in the same
     order. The loss must depend on what forward returned. `.grad` is then a view of a bucket, which
     the next reduced backward overwrites: clone it to keep it. Until backward returns it is this
-    rank's: a hook on a parameter sees, and an optimizer in it would step with, that one.
+    rank's: a hook on a parameter sees, and an optimizer in it would step with, that one. What hooks
+    registered later than this write to any `.grad` is not reduced.
 
     Attributes and methods that are not its own are the module's, for reading and writing, and so
     are the names in `state_dict()` and `named_parameters()`. A copy (deepcopy, pickle) is connected

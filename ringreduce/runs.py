@@ -168,6 +168,11 @@ class Run:
             _core.Packer(views) if self.streams is None else _DevicePacker(self.slots)
         )
 
+    def holds(self, grad: Tensor) -> bool:
+        """Whether it begins in the memory that `.grad` is to view."""
+        begin = self.flat.data_ptr()
+        return not grad.is_sparse and begin <= grad.data_ptr() < begin + self.flat.nbytes
+
     def reduce(
         self,
         comm: Communicator,

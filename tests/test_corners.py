@@ -271,8 +271,8 @@ def test_hooks_after_accumulation(value, in_place):
 
         def replace(parameter):
             seen.append(parameter.grad.clone())
-            if in_place:
-                parameter.grad.fill_(value)
+            if in_place:  # and in others'
+                [x.grad.fill_(value) for x in wrapped.parameters() if x.grad is not None]
             else:
                 parameter.grad = None if value is None else torch.full_like(parameter, value)
 
@@ -282,7 +282,28 @@ def test_hooks_after_accumulation(value, in_place):
         assert_equal({"": seen[0]}, {"": alone(model, rank, plain_loss)["0.weight"]})
         return gradients(wrapped)
 
-    for grads in run_copies(2, model, run):
+    for limits in {}, TINY:
+        for grads in run_copies(2, model, run, **limits):
+            assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("limits", [{}, TINY])
+def test_gradients_that_change_places(limits):
+    """They are views of a bucket, and accumulated onto where they are now."""
+    model = build(lambda: mlp(3, 3, 3, 3))
+    found = mean(2, model, plain_loss)
+    expected = times(2.0, found)
+    for i in range(3):
+        expected[f"{2 * i}.weight"] = found[f"{2 * i}.weight"] + found[f"{(2 * i + 2) % 6}.weight"]
+
+    def run(wrapped, rank):
+        plain_loss(wrapped, rank).backward()
+        weights = [wrapped.module[i].weight for i in (0, 2, 4)]
+        weights[0].grad, weights[1].grad, weights[2].grad = (weights[i].grad for i in (1, 2, 0))
+        plain_loss(wrapped, rank).backward()
+        return gradients(wrapped)
+
+    for grads in run_copies(2, model, run, **limits):
         assert_close(grads, expected)
 
 
