@@ -68,7 +68,14 @@ constexpr AcrossChoice choose_across(size_t count, int nodes, Link link, Dtype d
   return best;
 }
 
-/// How a message crosses nodes of `local_size` ranks each, all with a rail.
+/// The nodes of a communicator.
+struct NodesShape {
+  int nodes;
+  int local_size;  // ranks of the largest
+  int rails;       // ranks of the smallest
+};
+
+/// How a message crosses nodes.
 struct NodesChoice {
   size_t segment = 1;  // elements
   AcrossChoice across;
@@ -85,18 +92,17 @@ constexpr double hierarchical_time_s(const Rails& rails, int local_size, int nod
 }
 
 /// Segments hide the phases inside behind the network, but each pays the network's latency.
-constexpr NodesChoice choose_hierarchical(size_t count, int nodes, int local_size, Link inside,
-                                          Link link, Dtype dtype, size_t most_chunk,
-                                          size_t lanes = 1) {
+constexpr NodesChoice choose_hierarchical(size_t count, NodesShape shape, Link inside, Link link,
+                                          Dtype dtype, size_t most_chunk, size_t lanes = 1) {
   NodesChoice best;
-  const size_t ranks = static_cast<size_t>(local_size);
+  const auto ranks = static_cast<size_t>(shape.local_size);
   for (size_t segments = 1; segments <= 64 && (segments == 1 || segments * ranks <= count);
        segments *= 2) {
-    const Rails rails{local_size, count, (count + segments - 1) / segments + (count == 0)};
-    const size_t shard = rails.shards(0, local_size).largest();
-    const AcrossChoice across = choose_across(shard, nodes, link, dtype, most_chunk, lanes);
-    const double time_s =
-        hierarchical_time_s(rails, local_size, nodes, across, inside, link, dtype, lanes);
+    const Rails rails{shape.rails, count, (count + segments - 1) / segments + (count == 0)};
+    const size_t shard = rails.shards(0, shape.local_size).largest();
+    const AcrossChoice across = choose_across(shard, shape.nodes, link, dtype, most_chunk, lanes);
+    const double time_s = hierarchical_time_s(rails, shape.local_size, shape.nodes, across, inside,
+                                              link, dtype, lanes);
     if (segments == 1 || time_s < best.time_s) best = {rails.segment, across, time_s};
   }
   return best;

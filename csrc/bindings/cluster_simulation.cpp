@@ -105,8 +105,9 @@ nb::dict predict_cluster(size_t count, int nodes, int local_size, size_t segment
 nb::tuple choose(size_t count, int nodes, int local_size, LinkPair inside, LinkPair link,
                  size_t most_chunk) {
   validate(nodes, local_size, most_chunk);
-  const NodesChoice choice = choose_hierarchical(count, nodes, local_size, link_of(inside),
-                                                 link_of(link), Dtype::u8, most_chunk);
+  const NodesChoice choice =
+      choose_hierarchical(count, {nodes, local_size, local_size}, link_of(inside), link_of(link),
+                          Dtype::u8, most_chunk);
   return nb::make_tuple(across_names[static_cast<int>(choice.across.algorithm)], choice.segment,
                         choice.across.chunk, choice.time_s);
 }

@@ -270,8 +270,9 @@ std::string choice(PyCommunicator& self, int kind, size_t message_bytes) {
 /// Of an allreduce of so many bytes of float32: (algorithm, segments, bytes of a chunk, seconds).
 nb::tuple forecast(PyCommunicator& self, size_t message_bytes) {
   const Core& core = self.communicator->core();
-  const int local_size = core.cluster ? core.cluster->rails() : core.node.local_size();
-  const Forecast found = core.tuner.forecast(message_bytes, core.node.num_nodes(), local_size);
+  const int local_size = core.node.local_size();
+  const Forecast found = core.tuner.forecast(
+      message_bytes, core.cluster ? core.cluster->shape() : NodesShape{1, local_size, local_size});
   return nb::make_tuple(found.algorithm, found.segments, found.chunk_bytes, found.time_s);
 }
 

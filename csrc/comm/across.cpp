@@ -226,8 +226,7 @@ class AcrossNodes {
   }
 
   void hierarchical(const Message& message, size_t count) {
-    const NodesChoice choice =
-        core_.tuner.across(count, cluster_.nodes(), cluster_.rails(), call_.dtype);
+    const NodesChoice choice = core_.tuner.across(count, cluster_.shape(), call_.dtype);
     const Rails rails{cluster_.rails(), count, choice.segment, block_granule};
     Segments segments(*this, message, rails, choice.across);
     hierarchical_allreduce(segments, rails.segments(), rails.segments() > 1 ? 1 : 0);

@@ -82,6 +82,12 @@ Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& excha
   if (leads()) lifeline_->start();
 }
 
+NodesShape Cluster::shape() const {
+  size_t largest = 0;
+  for (const std::vector<int>& node : ranks_) largest = std::max(largest, node.size());
+  return {nodes(), static_cast<int>(largest), rails_};
+}
+
 /// MPI's numbers of all ranks; and the names of all hosts.
 std::vector<int> Cluster::learn_numbers(const Exchange& exchange, const Network& network) {
   const std::vector<std::string> cards = exchange(std::to_string(network.rank) + " " + host_name());

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "algorithms/choice.h"
 #include "base/exchange.h"
 #include "comm/engine.h"
 #include "net/agreement.h"
@@ -40,6 +41,7 @@ class Cluster : public Remote {
   bool leads() const { return group_.rank() == 0; }
   /// The smallest number of ranks on any node.
   int rails() const { return rails_; }
+  NodesShape shape() const;
   bool carries() const { return group_.rank() < rails_; }
   /// Ranks of the communicator, by node.
   const std::vector<std::vector<int>>& ranks() const { return ranks_; }

@@ -67,12 +67,13 @@ Choice Tuner::choose(Kind kind, size_t message_bytes) const {
   }
 }
 
-NodesChoice Tuner::across(size_t count, int nodes, int rails, Dtype dtype) const {
-  return choose_hierarchical(count, nodes, rails, agreed_.inside(), agreed_.rail(rails), dtype,
+NodesChoice Tuner::across(size_t count, NodesShape shape, Dtype dtype) const {
+  return choose_hierarchical(count, shape, agreed_.inside(), agreed_.rail(shape.rails), dtype,
                              NetWire::slot_bytes / partial_size_of(dtype), NetWire::lanes);
 }
 
-Forecast Tuner::forecast(size_t message_bytes, int nodes, int local_size) const {
+Forecast Tuner::forecast(size_t message_bytes, NodesShape shape) const {
+  const int nodes = shape.nodes, local_size = shape.local_size;
   const size_t count = (message_bytes + 3) / 4;
   if (nodes * local_size == 1 || count == 0) return {algorithm_names[2], 1, 0, 0};
   if (needs_wire()) return forecast_wire(count, nodes, local_size);
@@ -86,7 +87,7 @@ Forecast Tuner::forecast(size_t message_bytes, int nodes, int local_size) const 
     return {across_names[static_cast<int>(Across::doubling)], 1, 0,
             across_s + inside_s + (local_size > 1 ? agreed_.inside().alpha_s : 0)};
   }
-  const NodesChoice choice = across(count, nodes, local_size, Dtype::f32);
+  const NodesChoice choice = across(count, shape, Dtype::f32);
   return {across_names[static_cast<int>(choice.across.algorithm)],
           (count + choice.segment - 1) / choice.segment, choice.across.chunk * 4, choice.time_s};
 }

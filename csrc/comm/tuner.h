@@ -42,11 +42,11 @@ class Tuner {
   /// Ring or tree over all ranks, because it was asked for.
   bool needs_wire() const { return wanted_ == Algorithm::ring || wanted_ == Algorithm::tree; }
 
-  /// How the sum of `count` elements goes across nodes that have `rails` rails.
-  NodesChoice across(size_t count, int nodes, int rails, Dtype dtype) const;
+  /// How the sum of `count` elements goes across nodes.
+  NodesChoice across(size_t count, NodesShape shape, Dtype dtype) const;
 
-  /// Of `message_bytes` of float32 in private memory, on nodes of `local_size` ranks.
-  Forecast forecast(size_t message_bytes, int nodes, int local_size) const;
+  /// Of `message_bytes` of float32 in private memory.
+  Forecast forecast(size_t message_bytes, NodesShape shape) const;
 
   const Constants& constants() const { return here_; }
 

@@ -322,7 +322,8 @@ void test_choice() {
     const Tuner tuner(ringreduce::Algorithm::automatic, false, measured);
     for (int nodes = 8; nodes <= 4096; nodes = nodes < 64 ? nodes + 7 : nodes * 2) {
       for (size_t bytes = 1024; bytes <= size_t{1} << 30; bytes *= 4) {
-        const NodesChoice choice = tuner.across(bytes / 4, nodes, local_ranks, Dtype::f32);
+        const NodesChoice choice =
+            tuner.across(bytes / 4, {nodes, local_ranks, local_ranks}, Dtype::f32);
         const std::string name = std::to_string(bytes) + " bytes on " + std::to_string(nodes) +
                                  " nodes, " + std::to_string(tuner.constants().network_us) +
                                  " us: ";
@@ -338,6 +339,18 @@ void test_choice() {
   }
 }
 
+/// A node with one rank leaves the others one rail, yet what they do inside takes as long.
+void test_choice_of_unequal_nodes() {
+  const Tuner tuner(ringreduce::Algorithm::automatic, false);
+  const size_t count = size_t{4} << 20;
+  const auto segment = [&](int local_size, int rails) {
+    return tuner.across(count, {3, local_size, rails}, Dtype::f32).segment;
+  };
+  check(segment(1, 1) == count, "nodes of one rank have nothing to hide");
+  check(segment(2, 2) < count && segment(8, 8) < count, "equal nodes: one segment");
+  check(segment(8, 1) < count, "unequal nodes: one segment");
+}
+
 }  // namespace
 }  // namespace ringreduce::sim
 
@@ -350,6 +363,7 @@ int main() {
   ringreduce::sim::test_hierarchical_times();
   ringreduce::sim::test_tree_time();
   ringreduce::sim::test_choice();
+  ringreduce::sim::test_choice_of_unequal_nodes();
   std::printf("across: %d failures\n", ringreduce::sim::num_failures);
   return ringreduce::sim::num_failures == 0 ? 0 : 1;
 }
