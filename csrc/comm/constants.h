@@ -27,12 +27,12 @@ struct Constants {
   double inside_gb_per_s = 12;   // what a rank fetches from others' memory, and adds
   double one_shot_bytes = 4096;  // largest message that all reduce by themselves, in one meeting
 
-  /// Where ranks outnumber cores: 8 ranks on the same two. At 1 KB 0.88 and 1.09, at 2 KB 0.92 and
-  /// 1.04, at 4 KB 0.90 and 1.13, at 16 KB 1.05 and 1.42.
+  /// Where ranks outnumber cores: 8 ranks on the same two. At 1 KB 0.89 and 1.00, at 2 KB 0.94 and
+  /// 1.05, at 4 KB 1.00 and 1.16, at 8 KB 1.09 and 1.29.
   static Constants of_shared_cores() {
     Constants constants;
-    constants.meeting_us = 19;
-    constants.inside_gb_per_s = 1.8;
+    constants.meeting_us = 13.5;
+    constants.inside_gb_per_s = 2.4;
     constants.one_shot_bytes = 2048;
     return constants;
   }

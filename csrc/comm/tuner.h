@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <string>
 
-#include "base/dtype.h"
 #include "algorithms/choice.h"
+#include "base/dtype.h"
 #include "base/header.h"
 #include "comm/constants.h"
 
