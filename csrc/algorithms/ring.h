@@ -34,76 +34,79 @@ struct RingChunks {
   }
 };
 
+/// `lanes` rounds are under way at once, so that the links carry one chunk while another one is
+/// being added; round r is on lane r mod lanes, and a rank serves its lanes by turns: start(round)
+/// sends the first message of a round, and receive(round, index) takes number `index` of
+/// `receives`. lanes + 1 slots per FIFO are enough, and the least: numbering a rank's messages in
+/// order, number m needs a slot that the next rank has emptied before its own number m - 1, and
+/// data that the previous rank has sent as number m - lanes, so no wait is for a later number.
+template <class Start, class Receive>
+RR_HOST_DEVICE void ring_rounds(size_t rounds, size_t receives, size_t lanes, Start start,
+                                Receive receive) {
+  const size_t turns = (rounds + lanes - 1) / lanes;
+  for (size_t step = 0; step <= turns * receives; ++step) {
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      if (step > 0) receive((step - 1) / receives * lanes + lane, (step - 1) % receives);
+      // A round past the end has empty chunks, which move nothing.
+      if (step % receives == 0) start(step / receives * lanes + lane);
+    }
+  }
+}
+
 /// Block r of the sum ends in rank r's output. If all of it is the root's block: a reduce along a
 /// chain.
 template <class Wire>
 RR_HOST_DEVICE void ring_reduce_scatter(Wire& wire, const Ring& ring, const Blocks& blocks,
-                                        size_t chunk) {
+                                        size_t chunk, size_t lanes = 1) {
   const RingChunks part{ring, blocks, chunk};
-  for (size_t round = 0; round < blocks.rounds(chunk); ++round) {
-    wire.send(ring.next(), part(1, round));
-    for (int back = 2; back < ring.size; ++back) {
+  const auto start = [&](size_t round) { wire.send(ring.next(), part(1, round)); };
+  const auto receive = [&](size_t round, size_t index) {
+    const int back = static_cast<int>(index) + 2;
+    if (back < ring.size) {
       wire.recv_reduce_send(ring.previous(), ring.next(), part(back, round));
+    } else {
+      wire.recv_reduce_copy_send(ring.previous(), {}, part(0, round));
     }
-    wire.recv_reduce_copy_send(ring.previous(), {}, part(0, round));
-  }
+  };
+  ring_rounds(blocks.rounds(chunk), static_cast<size_t>(ring.size - 1), lanes, start, receive);
 }
 
 /// Block r of rank r's output goes to all. If all of it is the root's block: a broadcast along a
 /// chain.
 template <class Wire>
-RR_HOST_DEVICE void ring_allgather(Wire& wire, const Ring& ring, const Blocks& blocks,
-                                   size_t chunk) {
+RR_HOST_DEVICE void ring_allgather(Wire& wire, const Ring& ring, const Blocks& blocks, size_t chunk,
+                                   size_t lanes = 1) {
   const RingChunks part{ring, blocks, chunk};
-  for (size_t round = 0; round < blocks.rounds(chunk); ++round) {
-    wire.send_result(ring.next(), part(0, round));
-    for (int back = 1; back < ring.size - 1; ++back) {
-      wire.recv_copy_send(ring.previous(), ring.next(), part(back, round));
-    }
-    wire.recv_copy_send(ring.previous(), {}, part(ring.size - 1, round));
-  }
+  const auto start = [&](size_t round) { wire.send_result(ring.next(), part(0, round)); };
+  const auto receive = [&](size_t round, size_t index) {
+    const int back = static_cast<int>(index) + 1;
+    wire.recv_copy_send(ring.previous(), back < ring.size - 1 ? Peers(ring.next()) : Peers(),
+                        part(back, round));
+  };
+  ring_rounds(blocks.rounds(chunk), static_cast<size_t>(ring.size - 1), lanes, start, receive);
 }
 
-/// Receive number `index`, of 2 (p - 1), of an allreduce of one chunk of every block: p - 2 partial
-/// sums, the finished sum of the rank's own block, which it sends on in the same step, and p - 1
-/// results.
-template <class Wire>
-RR_HOST_DEVICE void ring_allreduce_receive(Wire& wire, const RingChunks& part, size_t round,
-                                           size_t index) {
-  const Ring& ring = part.ring;
-  const int number = static_cast<int>(index), last_sum = ring.size - 2;
-  if (number < last_sum) {
-    wire.recv_reduce_send(ring.previous(), ring.next(), part(number + 2, round));
-  } else if (number == last_sum) {
-    wire.recv_reduce_copy_send(ring.previous(), ring.next(), part(0, round));
-  } else if (number < 2 * ring.size - 3) {
-    wire.recv_copy_send(ring.previous(), ring.next(), part(number - last_sum, round));
-  } else {
-    wire.recv_copy_send(ring.previous(), {}, part(ring.size - 1, round));
-  }
-}
-
-/// Both, joined where they meet. `lanes` rounds are under way at once, so that the links carry one
-/// chunk while another one is being added; round r is on lane r mod lanes, and a rank serves its
-/// lanes by turns. lanes + 1 slots per FIFO are enough, and the least: numbering a rank's messages
-/// in order, number m needs a slot that the next rank has emptied before its own number m - 1, and
-/// data that the previous rank has sent as number m - lanes, so no wait is for a later number.
+/// Both, joined where they meet: of 2 (p - 1) receives p - 2 are partial sums, one is the finished
+/// sum of the rank's own block, which it sends on in the same step, and p - 1 are results.
 template <class Wire>
 RR_HOST_DEVICE void ring_allreduce(Wire& wire, const Ring& ring, const Blocks& blocks, size_t chunk,
                                    size_t lanes = 1) {
   const RingChunks part{ring, blocks, chunk};
-  const size_t receives = 2 * static_cast<size_t>(ring.size - 1);
-  const size_t turns = (blocks.rounds(chunk) + lanes - 1) / lanes;
-  for (size_t step = 0; step <= turns * receives; ++step) {
-    for (size_t lane = 0; lane < lanes; ++lane) {
-      if (step > 0) {
-        const size_t round = (step - 1) / receives * lanes + lane;
-        ring_allreduce_receive(wire, part, round, (step - 1) % receives);
-      }
-      // A round past the end has empty chunks, which move nothing.
-      if (step % receives == 0) wire.send(ring.next(), part(1, step / receives * lanes + lane));
+  const int last_sum = ring.size - 2;
+  const auto start = [&](size_t round) { wire.send(ring.next(), part(1, round)); };
+  const auto receive = [&](size_t round, size_t index) {
+    const int number = static_cast<int>(index);
+    if (number < last_sum) {
+      wire.recv_reduce_send(ring.previous(), ring.next(), part(number + 2, round));
+    } else if (number == last_sum) {
+      wire.recv_reduce_copy_send(ring.previous(), ring.next(), part(0, round));
+    } else if (number < 2 * ring.size - 3) {
+      wire.recv_copy_send(ring.previous(), ring.next(), part(number - last_sum, round));
+    } else {
+      wire.recv_copy_send(ring.previous(), {}, part(ring.size - 1, round));
     }
-  }
+  };
+  ring_rounds(blocks.rounds(chunk), 2 * static_cast<size_t>(ring.size - 1), lanes, start, receive);
 }
 
 }  // namespace ringreduce

@@ -72,10 +72,10 @@ void run_on_wires(Algorithm algorithm, World& world) {
       case Algorithm::ring_allreduce:
         return ring_allreduce(wire, ring, blocks, chunk, world.problem.lanes);
       case Algorithm::ring_reduce_scatter:
-        return ring_reduce_scatter(wire, ring, blocks, chunk);
+        return ring_reduce_scatter(wire, ring, blocks, chunk, world.problem.lanes);
       case Algorithm::ring_allgather:
         place_own_block(message);
-        return ring_allgather(wire, ring, blocks, chunk);
+        return ring_allgather(wire, ring, blocks, chunk, world.problem.lanes);
       case Algorithm::doubling_allreduce:
         return doubling_allreduce(wire, rank, size, blocks.count(), chunk);
       default:

@@ -43,7 +43,7 @@ struct Problem {
   const char* inputs;
   char* outputs;     // may be `inputs`
   size_t lead = 1;   // of staged rounds
-  size_t lanes = 1;  // of ring_allreduce
+  size_t lanes = 1;  // of a ring
 };
 
 struct Outcome {

@@ -24,12 +24,13 @@ void check(bool condition, const std::string& what) {
   if (!condition && ++num_failures <= 20) std::printf("FAILED: %s\n", what.c_str());
 }
 
-/// Rank r has (r + 1) * (i % 7 - 3) at i: exact sums.
+/// Rank r has (r + 1) * (i % 7 - 3) at i: exact sums. An allgather's rank r gives block r.
 Outcome run(Algorithm algorithm, size_t count, int size, size_t chunk, size_t lanes,
             const Machine& machine, const std::string& name) {
+  const auto value = [](size_t i) { return static_cast<int64_t>(i % 7) - 3; };
   std::vector<int64_t> inputs(count * static_cast<size_t>(size)), outputs(inputs.size());
   for (size_t i = 0; i < inputs.size(); ++i) {
-    inputs[i] = static_cast<int64_t>(i / count + 1) * (static_cast<int64_t>(i % count % 7) - 3);
+    inputs[i] = static_cast<int64_t>(i / count + 1) * value(i % count);
   }
   const Problem problem{{Dtype::i64, Op::sum, size},
                         Blocks::even(count, size),
@@ -41,34 +42,43 @@ Outcome run(Algorithm algorithm, size_t count, int size, size_t chunk, size_t la
   Outcome outcome = simulate(algorithm, problem, machine);
   const int64_t ranks = static_cast<int64_t>(size) * (size + 1) / 2;
   bool right = true;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    right = right && outputs[i] == ranks * (static_cast<int64_t>(i % count % 7) - 3);
+  for (int rank = 0; rank < size; ++rank) {
+    for (int owner = 0; owner < size; ++owner) {
+      if (algorithm == Algorithm::ring_reduce_scatter && owner != rank) continue;
+      const int64_t factor = algorithm == Algorithm::ring_allgather ? owner + 1 : ranks;
+      const Chunk block = problem.blocks[owner];
+      for (size_t i = block.offset; i < block.end(); ++i) {
+        right = right && outputs[static_cast<size_t>(rank) * count + i] == factor * value(i);
+      }
+    }
   }
   check(right || !outcome.failure.empty(), name + ": wrong");
   return outcome;
 }
 
 /// lanes + 1 slots are enough in any order of events and whatever the counts; lanes are not.
-void test_lanes() {
+void test_lanes(Algorithm algorithm) {
+  const std::string title = algorithm_names[static_cast<int>(algorithm)];
   for (int size = 2; size <= 64; size = size < 9 ? size + 1 : size * 3 / 2) {
     const size_t ranks = static_cast<size_t>(size);
     for (const size_t lanes : {1, 2, 3, 5}) {
       for (const size_t count :
            {size_t{0}, size_t{1}, ranks - 1, ranks + 1, 7 * ranks + 3, 2 * lanes * 3 * ranks}) {
-        const std::string name = "ring of " + std::to_string(size) + ", " + std::to_string(lanes) +
-                                 " lanes, " + std::to_string(count) + " elements";
+        const std::string name = title + " of " + std::to_string(size) + ", " +
+                                 std::to_string(lanes) + " lanes, " + std::to_string(count) +
+                                 " elements";
         Machine machine{.slots = lanes + 1};
-        const Outcome outcome =
-            run(Algorithm::ring_allreduce, count, size, 3, lanes, machine, name);
+        const Outcome outcome = run(algorithm, count, size, 3, lanes, machine, name);
         check(outcome.failure.empty(), name + ": " + outcome.failure);
         machine.order = Order::random;
         machine.max_delay_s = 5;
         machine.seed = count + lanes;
-        const Outcome random = run(Algorithm::ring_allreduce, count, size, 3, lanes, machine, name);
+        const Outcome random = run(algorithm, count, size, 3, lanes, machine, name);
         check(random.failure.empty(), name + ", random: " + random.failure);
       }
-      const Outcome stuck = run(Algorithm::ring_allreduce, 2 * lanes * 3 * ranks, size, 3, lanes,
-                                {.slots = lanes}, "too few slots");
+      if (algorithm != Algorithm::ring_allreduce) continue;  // only there a rank always sends
+      const Outcome stuck =
+          run(algorithm, 2 * lanes * 3 * ranks, size, 3, lanes, {.slots = lanes}, "too few slots");
       check(stuck.failure.find("deadlock") == 0, "fewer than lanes + 1 slots should not be enough");
     }
   }
@@ -355,7 +365,9 @@ void test_choice_of_unequal_nodes() {
 }  // namespace ringreduce::sim
 
 int main() {
-  ringreduce::sim::test_lanes();
+  ringreduce::sim::test_lanes(ringreduce::sim::Algorithm::ring_allreduce);
+  ringreduce::sim::test_lanes(ringreduce::sim::Algorithm::ring_reduce_scatter);
+  ringreduce::sim::test_lanes(ringreduce::sim::Algorithm::ring_allgather);
   ringreduce::sim::test_lanes_hide_the_arithmetic();
   ringreduce::sim::test_doubling_takes_one_slot();
   ringreduce::sim::test_hierarchical();
