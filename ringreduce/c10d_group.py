@@ -18,7 +18,7 @@ from ringreduce import _core
 from ringreduce.c10d_channels import Channels, Counts
 from ringreduce.c10d_work import Callbacks, GroupWork, Waitable
 from ringreduce.communicator import Communicator
-from ringreduce.errors import MismatchError, RingReduceError
+from ringreduce.errors import MismatchError
 from ringreduce.work import Work
 
 # Its overloads cannot be typed twice.
