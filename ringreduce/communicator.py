@@ -33,7 +33,6 @@ from ringreduce.work import DeviceWork, Part, Work
 if TYPE_CHECKING:
     from ringreduce.bootstrap import Bootstrap
 
-OPS = _core.OPS
 BARRIER = _core.KINDS["barrier"]
 ALLREDUCE = _core.KINDS["allreduce"]
 REDUCE_SCATTER = _core.KINDS["reduce_scatter"]
@@ -80,10 +79,8 @@ class Communicator:
         return self._run(ALLREDUCE, op_index, 0, source, target, async_op)
 
     def allreduce_(self, x: Any, op: str = "sum", *, async_op: bool = False) -> Any:
-        # The hot path: every Python call counts beside a collective of a microsecond or two.
-        general = async_op or type(op) is not str or profiling.switch._is_profiler_enabled
-        plain_op = None if general else OPS.get(op)
-        if plain_op is not None and self.core.allreduce_plain(x, plain_op):
+        # The hot path: every name looked up counts beside a collective of a microsecond.
+        if not async_op and self.core.allreduce_plain(x, op):
             return x
         array = describe(x, True)
         address, shape, strides, dtype = array[:4]

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+from ringreduce import _core
+
 Result = TypeVar("Result")
 
 
@@ -30,6 +32,7 @@ def learn_torch() -> None:
     profiler = sys.modules["torch"].autograd.profiler
     if hasattr(profiler, "_is_profiler_enabled"):
         switch = profiler
+        _core.learn_profiler(vars(profiler))
 
 
 def span(name: str, **details: Any) -> AbstractContextManager[Any]:

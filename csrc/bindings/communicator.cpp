@@ -300,6 +300,7 @@ void drain(PyCommunicator& self, double timeout_s) {
 void register_communicator(nb::module_& m) {
   m.def("learn_type", &learn_type, nb::arg("type"), nb::arg("exchange_table").none(),
         nb::arg("is_lazy").none(), nb::arg("mark_written").none());
+  m.def("learn_profiler", &learn_profiler, nb::arg("globals"));
 
   nb::class_<PyWork>(m, "Work")
       .def("wait", &wait_for, nb::arg("timeout_s") = nb::none(), nb::arg("stream") = nb::none())
@@ -328,12 +329,10 @@ void register_communicator(nb::module_& m) {
       .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
            nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"),
            nb::arg("device") = -1, nb::arg("stream") = 0, nb::arg("rows") = nb::list())
-      .def(
-          "allreduce_plain",
-          [](PyCommunicator& self, nb::handle x, int op) {
-            return allreduce_plain(*self.communicator, x, static_cast<Op>(op));
-          },
-          nb::arg("x").none(), nb::arg("op"))
+      .def("allreduce_plain",  // names and defaults of arguments would cost it 10 ns
+           [](PyCommunicator& self, nb::handle x, nb::handle op) {
+             return allreduce_plain(*self.communicator, x, op);
+           })
       .def("allocate", &allocate, nb::arg("size_bytes"), nb::arg("device") = -1)
       .def("is_symmetric", &is_symmetric)
       .def("check", [](PyCommunicator& self) { self.communicator->check(); })

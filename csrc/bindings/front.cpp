@@ -33,13 +33,41 @@ struct KnownType {
   PyTypeObject* type;
   const ExchangeTable* table;  // null: the buffer protocol
   nb::object is_lazy;       // called with the tensor: whether its memory is not its value; or None
-  nb::object mark_written;  // called with [tensor] before its memory changes; or None
+  nb::object mark_written;  // called with (tensor,) before its memory changes; or None
 };
 
 /// Leaked: modules outlive the interpreter's order of destruction.
 std::vector<KnownType>& known_types() {
   static auto* types = new std::vector<KnownType>;
   return *types;
+}
+
+/// The globals of torch.autograd.profiler, once torch is in use. Leaked, as above.
+PyObject* profiler_globals = nullptr;
+
+/// While torch's profiler runs, calls go the general way, which records them. Reading its flag here
+/// takes half of what it takes in Python.
+bool profiled() {
+  static PyObject* const name = PyUnicode_InternFromString("_is_profiler_enabled");
+  return profiler_globals != nullptr && PyDict_GetItem(profiler_globals, name) == Py_True;
+}
+
+std::optional<Op> op_named(nb::handle name) {
+  static const auto* const names = [] {
+    auto* interned = new std::vector<PyObject*>;
+    for (int op = 0; op < num_ops; ++op) {
+      interned->push_back(PyUnicode_InternFromString(name_of(static_cast<Op>(op))));
+    }
+    return interned;
+  }();
+  for (size_t op = 0; op < names->size(); ++op) {
+    if (name.ptr() == (*names)[op]) return static_cast<Op>(op);
+  }
+  if (!PyUnicode_CheckExact(name.ptr())) return std::nullopt;
+  for (size_t op = 0; op < names->size(); ++op) {
+    if (PyUnicode_Compare(name.ptr(), (*names)[op]) == 0) return static_cast<Op>(op);
+  }
+  return std::nullopt;
 }
 
 struct Plain {
@@ -186,17 +214,19 @@ bool look_at(nb::handle x, nb::dlpack::dltensor& tensor) {
   return false;
 }
 
-bool allreduce_plain(Communicator& communicator, nb::handle x, Op op) {
+void learn_profiler(nb::dict globals) { profiler_globals = globals.release().ptr(); }
+
+bool allreduce_plain(Communicator& communicator, nb::handle x, nb::handle op_name) {
+  const std::optional<Op> op = op_named(op_name);
+  if (!op || profiled()) return false;
   for (const KnownType& known : known_types()) {
     if (Py_TYPE(x.ptr()) != known.type) continue;
     if (!known.is_lazy.is_none() && nb::cast<bool>(known.is_lazy(x))) return false;
     const auto run = [&](const Plain& plain) {
       if (!known.mark_written.is_none()) {
-        nb::list written;
-        written.append(x);
-        known.mark_written(written);
+        known.mark_written(nb::make_tuple(x));
       }
-      const Call& call = fill_call(plain, op);
+      const Call& call = fill_call(plain, *op);
       Work work;
       Signals signals;
       signals.guard([&] { communicator.run(call, work, signals.asker()); });

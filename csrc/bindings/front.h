@@ -19,7 +19,11 @@ void learn_type(nanobind::handle type, nanobind::object exchange_table, nanobind
 /// (lazy, complex, sparse).
 bool look_at(nanobind::handle x, nanobind::dlpack::dltensor& tensor);
 
-/// allreduce in place, blocking. False: x is not plain, and nothing was done.
-bool allreduce_plain(Communicator& communicator, nanobind::handle x, Op op);
+/// From now on the short way is left to the general one while `_is_profiler_enabled` is True there.
+void learn_profiler(nanobind::dict globals);
+
+/// allreduce in place, blocking; `op`: its name. False: x is not plain, `op` is no operation's
+/// name, or a profiler runs; nothing was done.
+bool allreduce_plain(Communicator& communicator, nanobind::handle x, nanobind::handle op);
 
 }  // namespace ringreduce

@@ -318,10 +318,7 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
     throw;
   }
   finish(ErrorCode::none);
-  core.stats.calls.fetch_add(1, std::memory_order_relaxed);
-  core.stats.busy_ns.fetch_add(static_cast<uint64_t>(work.end_ns - work.begin_ns),
-                               std::memory_order_relaxed);
-  core.stats.bytes.fetch_add(bytes_of(call), std::memory_order_relaxed);
+  core.stats.add(bytes_of(call), work.end_ns - work.begin_ns);
 }
 
 std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,

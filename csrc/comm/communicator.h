@@ -33,6 +33,17 @@ struct Options {
 
 struct Stats {
   std::atomic<uint64_t> calls{0}, bytes{0}, busy_ns{0};
+
+  /// Of one more call. Only one is under way at a time, so nothing else writes: no locked
+  /// additions.
+  void add(uint64_t call_bytes, int64_t call_ns) {
+    const auto increase = [](std::atomic<uint64_t>& total, uint64_t by) {
+      total.store(total.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
+    };
+    increase(calls, 1);
+    increase(bytes, call_bytes);
+    increase(busy_ns, static_cast<uint64_t>(call_ns));
+  }
 };
 
 /// What operations run on; shared with the progress thread, which may outlive the Communicator by

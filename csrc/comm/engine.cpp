@@ -44,7 +44,10 @@ std::shared_ptr<Work> Engine::enqueue(Task task, bool asynchronous) {
   if (stopped_) throw Error(ErrorCode::closed, "the communicator is closed");
   queue_.push_back({std::move(task), work});
   last_ = work;
-  if (asynchronous) unseen_.push_back(work);
+  if (asynchronous) {
+    unseen_.push_back(work);
+    any_unseen_.store(true, std::memory_order_relaxed);
+  }
   if (!started_) {
     started_ = true;
     sigset_t all, before;
@@ -82,12 +85,14 @@ void Engine::progress() {
 }
 
 std::exception_ptr Engine::take_unseen_error() {
+  if (!any_unseen_.load(std::memory_order_relaxed)) return nullptr;
   std::lock_guard lock(mutex_);
   while (!unseen_.empty() && unseen_.front()->done()) {
     const std::shared_ptr<Work> work = unseen_.front();
     unseen_.pop_front();
     if (work->failed() && !work->seen()) return work->error();
   }
+  any_unseen_.store(!unseen_.empty(), std::memory_order_relaxed);
   return nullptr;
 }
 

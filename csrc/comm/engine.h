@@ -3,6 +3,7 @@
 // which is started when first needed and never touches Python.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -61,6 +62,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::deque<Entry> queue_;
   std::deque<std::shared_ptr<Work>>
       unseen_;  // asynchronous operations whose errors may go unnoticed
+  // Whether unseen_ has any; written under the mutex. Read without it, so that a call with nothing
+  // to hear of pays for no lock: what another thread starts meanwhile is heard of in a later call.
+  std::atomic<bool> any_unseen_{false};
   std::shared_ptr<Work> last_;
   bool busy_ = false, started_ = false, stopped_ = false;
 };

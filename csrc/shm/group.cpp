@@ -52,6 +52,11 @@ Group::Group(Node& node, bool in_process, Deadline deadline)
       pid_(getpid()),
       host_(node.num_nodes() > 1 ? host_name() : ""),
       segment_(node.create_segment(group_offset_bytes + sizeof(GroupControl), deadline)) {
+  for (int peer = 0; peer < size_; ++peer) {
+    controls_.push_back(reinterpret_cast<RankControl*>(segment_.block(peer)));
+  }
+  own_ = controls_[static_cast<size_t>(rank_)];
+  shared_ = reinterpret_cast<GroupControl*>(segment_.block(0) + group_offset_bytes);
   // Fresh pages are zero, which is the initial state of everything but the mutex.
   new (&own()) RankControl;
   if (rank_ == 0) new (&shared()) GroupControl;
@@ -74,14 +79,6 @@ Group::Group(Node& node, bool in_process, Deadline deadline)
 }
 
 Group::~Group() { depart(); }
-
-RankControl& Group::control(int rank) const {
-  return *reinterpret_cast<RankControl*>(segment_.block(rank));
-}
-
-GroupControl& Group::shared() const {
-  return *reinterpret_cast<GroupControl*>(segment_.block(0) + group_offset_bytes);
-}
 
 void Group::abort(ErrorCode code, int culprit, const std::string& reason) {
   abort({code, culprit, number_of(rank_), reason});

@@ -47,9 +47,9 @@ class Group {
   int size() const { return size_; }
   /// The rank's number in the communicator, of which the node may hold only some.
   int number_of(int rank) const { return numbers_[static_cast<size_t>(rank)]; }
-  RankControl& control(int rank) const;
-  RankControl& own() const { return control(rank_); }
-  GroupControl& shared() const;
+  RankControl& control(int rank) const { return *controls_[static_cast<size_t>(rank)]; }
+  RankControl& own() const { return *own_; }
+  GroupControl& shared() const { return *shared_; }
 
   /// Whether slices are claimed by whoever runs, because ranks outnumber cores; else every rank
   /// owns some.
@@ -99,6 +99,10 @@ class Group {
   Remote* remote_ = nullptr;
   std::string host_;  // empty if the communicator is on one
   Segment segment_;
+  // Places in the segment: every wait looks there.
+  std::vector<RankControl*> controls_;
+  RankControl* own_;
+  GroupControl* shared_;
 };
 
 /// The record of a timeout, as this rank detects it.

@@ -316,7 +316,7 @@ class _NamedCore:
     def sequence(self) -> int:
         return self._meeting.comm.core.sequence
 
-    def allreduce_plain(self, x: Any, op: int) -> bool:
+    def allreduce_plain(self, x: Any, op: Any, /) -> bool:
         """Never: the short way carries no name."""
         return False
 
