@@ -80,6 +80,8 @@ bool Window::arrive(const std::function<void()>& alone) {
   own.flag.publish(header_->sequence);
   const bool met = group_.claims() ? arrive_by_meeting(alone) : arrive_by_flags();
   if (met) stamp_meeting();
+  // All are here, so nobody comes back to the line of the collective before this one.
+  expect_write(&group_.own().arrivals[(header_->sequence + 1) & 1]);
   return met && !mismatch_;
 }
 
@@ -178,6 +180,7 @@ void Window::begin_symmetric(size_t count) {
   next_owned_ = 0;
   owned_ = Blocks::even(count, group_.size(), line_bytes)[group_.rank()];
   if (group_.claims()) owned_ = {0, count};
+  expect_write(&group_.own().combined);
 }
 
 /// The next piece of what this rank owns, or that nobody has claimed yet.
