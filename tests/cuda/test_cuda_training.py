@@ -267,7 +267,8 @@ def test_grad_scaler_sees_an_infinity_of_one_rank_on_all():
 
 
 def test_sync_batchnorm():
-    model = build(lambda: nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.Linear(16, 8)))
+    first = nn.Linear(32, 16, bias=False)  # of a bias the gradient is 0: noise
+    model = build(lambda: nn.Sequential(first, nn.BatchNorm1d(16), nn.Linear(16, 8)))
 
     def run(comm):
         mine = DistributedModel(convert_sync_batchnorm(on_gpu(model), comm=comm), comm=comm)
