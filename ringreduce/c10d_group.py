@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringreduce import _core
 from ringreduce.c10d_channels import Channels, Counts
-from ringreduce.c10d_work import Callbacks, GroupWork, Waitable
+from ringreduce.c10d_work import Callbacks, GroupWork, Together, Waitable
 from ringreduce.communicator import Communicator
 from ringreduce.errors import MismatchError
 from ringreduce.work import Work
@@ -311,6 +311,14 @@ class ProcessGroup(_ProcessGroup):
         timeout_s = self._main.bootstrap.settings.timeout_s
         started = self._channels.receive_any(_carried(tensor), tag, timeout_s)
         return GroupWork([started], [tensor], self._callbacks)
+
+    def _start_coalescing(self, device: Any) -> None:
+        """What is called until the end leaves at once, call by call, as always."""
+        self._callbacks.coalesced = []
+
+    def _end_coalescing(self, device: Any) -> GroupWork:
+        works, self._callbacks.coalesced = self._callbacks.coalesced or [], None
+        return GroupWork([Together(works)], [], self._callbacks)
 
     # The same calls under the names of older torch.
     _allgather_base = all_gather_single

@@ -44,6 +44,7 @@ class Callbacks:
         self._thread = threading.local()
         self._executor = ThreadPoolExecutor(1, "ringreduce-c10d", initializer=self._mark)
         self._kept: deque[GroupWork] = deque(maxlen=KEPT_WORKS)
+        self.coalesced: list[GroupWork] | None = None  # works since coalescing began, if it has
 
     def here(self) -> bool:
         """Whether the caller runs within a callback."""
@@ -68,6 +69,8 @@ class Callbacks:
 
     def keep(self, work: GroupWork, tensors: Sequence[Any]) -> None:
         """A work of little memory outlives the program's interest in it, for a while."""
+        if self.coalesced is not None:
+            self.coalesced.append(work)
         size_bytes = sum(x.numel() * x.itemsize for x in tensors if isinstance(x, torch.Tensor))
         if size_bytes <= KEPT_BYTES:
             self._kept.append(work)
@@ -176,6 +179,20 @@ class GroupWork(dist._Work):
             future.error = error
         future.work = None
         future.set_result(self._value)
+
+
+class Together:
+    """Several works, to be waited for as one."""
+
+    def __init__(self, works: Sequence[GroupWork]) -> None:
+        self._works = works
+
+    def wait(self, timeout: float | None = None) -> None:
+        for work in self._works:
+            work.wait(None if timeout is None else timedelta(seconds=timeout))
+
+    def done(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
 
 class _Future(torch.futures.Future):

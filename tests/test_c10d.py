@@ -315,12 +315,13 @@ for a, b in zip(net.parameters(), alone.parameters(), strict=True):
     assert (a.full_tensor() - b).abs().max() <= 1e-12
 assert sequence() - before >= 3 * 3
 
-xs = [torch.full((3,), float(r)) for _ in range(3)]
-with _coalescing_manager(async_ops=True) as coalesced:
-    for x in xs:
-        dist.all_reduce(x)
-coalesced.wait()
-assert all((x == n * (n - 1) / 2).all() for x in xs)
+for device in None, torch.device("cpu"):
+    xs = [torch.full((3,), float(r)) for _ in range(3)]
+    with _coalescing_manager(device=device, async_ops=True) as coalesced:
+        for x in xs:
+            dist.all_reduce(x)
+    coalesced.wait()
+    assert all((x == n * (n - 1) / 2).all() for x in xs)
 f = torch.compile(lambda x: functional.all_reduce(2 * x, "sum", dist.group.WORLD), backend="eager")
 assert (f(torch.ones(3)) == 2 * n).all()
 found = [None] * n if r == 0 else None
