@@ -63,8 +63,13 @@ class Team {
   }
 
   /// Calls of the next kernel are counted on from here, also by blocks that this one does not have.
+  /// A rank that gives up takes its arrival back, lest one that comes later works with it alone.
   __device__ void leave() {
     __syncthreads();
+    if (lost_) {
+      for_each_peer(
+          [&](int peer) { store_relaxed(arrived(peer, block_, call_.rank), uint64_t{0}); });
+    }
     const int stride = static_cast<int>(gridDim.x * blockDim.x);
     const int first = block_ + static_cast<int>(gridDim.x * threadIdx.x);
     for (int block = first; block < max_blocks; block += stride) own().calls[block] = number_;
@@ -123,7 +128,8 @@ class Team {
     }
   }
   __device__ bool agree(bool good) {
-    stopped_ |= __syncthreads_or(!good) != 0;
+    lost_ |= __syncthreads_or(!good) != 0;
+    stopped_ |= lost_;
     return !stopped_;
   }
 
@@ -191,7 +197,8 @@ class Team {
   const DeviceCall& call_;
   const int block_;
   const uint32_t number_;
-  bool stopped_ = false;
+  bool stopped_ = false;  // nothing may be moved: a call that is lost, or one that does not match
+  bool lost_ = false;
 };
 
 }  // namespace ringreduce::cuda

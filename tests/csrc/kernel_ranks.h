@@ -4,9 +4,11 @@
 
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -37,11 +39,17 @@ class Buffer {
   /// The first byte lies `skew_bytes` past a multiple of 256.
   explicit Buffer(size_t size_bytes, size_t skew_bytes = 0)
       : size_bytes_(size_bytes), skew_bytes_(skew_bytes) {
-    check(cudaMalloc(&base_, size_bytes + skew_bytes + 2 * guard_bytes));
+    std::vector<char*>& idle = idle_of(room());
+    if (idle.empty()) {
+      check(cudaMalloc(&base_, room()));
+    } else {
+      base_ = idle.back();
+      idle.pop_back();
+    }
     check(cudaMemset(base_, guard, size_bytes + skew_bytes + 2 * guard_bytes));
     check(cudaDeviceSynchronize());
   }
-  ~Buffer() { check(cudaFree(base_)); }
+  ~Buffer() { idle_of(room()).push_back(base_); }
   Buffer(const Buffer&) = delete;
 
   char* data() const { return base_ + guard_bytes + skew_bytes_; }
@@ -70,6 +78,13 @@ class Buffer {
  private:
   static constexpr size_t guard_bytes = 256;
   static constexpr char guard = 0x77;
+
+  /// Memory is used again and again: to allocate takes longer than most tests.
+  static std::vector<char*>& idle_of(size_t room_bytes) {
+    static std::map<size_t, std::vector<char*>> idle;
+    return idle[room_bytes];
+  }
+  size_t room() const { return std::bit_ceil(size_bytes_ + skew_bytes_ + 2 * guard_bytes); }
 
   size_t size_bytes_, skew_bytes_;
   char* base_ = nullptr;

@@ -2,127 +2,13 @@
 // bit by bit.
 #include <unistd.h>
 
-#include "base/half.h"
+#include <algorithm>
+
 #include "kernel_ranks.h"
+#include "kernel_values.h"
 
 namespace ringreduce::cuda {
 namespace {
-
-using Random = std::mt19937_64;
-
-bool is_nan(Dtype dtype, const char* element) {
-  if (dtype == Dtype::f32 || dtype == Dtype::c64) {
-    float value;
-    std::memcpy(&value, element, sizeof(value));
-    return value != value;
-  }
-  if (dtype == Dtype::f64 || dtype == Dtype::c128) {
-    double value;
-    std::memcpy(&value, element, sizeof(value));
-    return value != value;
-  }
-  uint16_t bits;
-  if (dtype != Dtype::f16 && dtype != Dtype::bf16) return false;
-  std::memcpy(&bits, element, sizeof(bits));
-  return (bits & 0x7fff) > (dtype == Dtype::f16 ? 0x7c00 : 0x7f80);
-}
-
-/// Zeros of complex numbers' parts have the sign of the order of multiplications.
-bool are_zeros(Dtype dtype, const char* a, const char* b) {
-  if (dtype != Dtype::c64 && dtype != Dtype::c128) return false;
-  const size_t part = size_of(dtype) / 2;
-  for (size_t i = 0; i + 1 < part; ++i) {
-    if (a[i] != 0 || b[i] != 0) return false;
-  }
-  return ((a[part - 1] | b[part - 1]) & 0x7f) == 0;
-}
-
-/// A NaN's bits may differ.
-bool same(Dtype dtype, const std::vector<char>& a, const std::vector<char>& b) {
-  if (a == b) return true;
-  const bool is_complex = dtype == Dtype::c64 || dtype == Dtype::c128;
-  const size_t part = size_of(dtype) / (is_complex ? 2 : 1);
-  for (size_t at = 0; at < a.size(); at += part) {
-    if (std::memcmp(&a[at], &b[at], part) == 0 || are_zeros(dtype, &a[at], &b[at])) continue;
-    if (!is_nan(dtype, &a[at]) || !is_nan(dtype, &b[at])) return false;
-  }
-  return true;
-}
-
-/// Any bits for integers and truth values; for floats numbers of all sizes, and now and then a NaN.
-std::vector<char> random_bytes(Dtype dtype, size_t count, Random& random) {
-  std::vector<char> bytes(count * size_of(dtype));
-  for (char& byte : bytes) byte = static_cast<char>(random());
-  const auto put = [&](auto value, size_t index) {
-    std::memcpy(&bytes[index * sizeof(value)], &value, sizeof(value));
-  };
-  const bool floats = dtype == Dtype::f32 || dtype == Dtype::c64;
-  const bool doubles = dtype == Dtype::f64 || dtype == Dtype::c128;
-  std::uniform_real_distribution<float> uniform(-4, 4);
-  if (floats) {
-    for (size_t i = 0; i < bytes.size() / 4; ++i) {
-      if (random() % 256 != 0) put(uniform(random), i);
-    }
-  } else if (doubles) {
-    for (size_t i = 0; i < bytes.size() / 8; ++i) {
-      if (random() % 256 != 0) put(double{uniform(random)} / 3, i);
-    }
-  }
-  return bytes;
-}
-
-/// Sums, and products of up to eight of them, are exact in every dtype, in any order.
-std::vector<char> small_integers(Dtype dtype, size_t count, Random& random) {
-  std::vector<char> bytes(count * size_of(dtype));
-  const auto put = [&](size_t index, auto value) {
-    std::memcpy(&bytes[index * sizeof(value)], &value, sizeof(value));
-  };
-  const size_t parts = dtype == Dtype::c64 || dtype == Dtype::c128 ? 2 : 1;
-  for (size_t i = 0; i < count * parts; ++i) {
-    const int value = static_cast<int>(random() % 4) - 1;
-    switch (dtype) {
-      case Dtype::f64:
-      case Dtype::c128:
-        put(i, double(value));
-        break;
-      case Dtype::f32:
-      case Dtype::c64:
-        put(i, float(value));
-        break;
-      case Dtype::f16:
-        put(i, to_f16(static_cast<float>(value)));
-        break;
-      case Dtype::bf16:
-        put(i, to_bf16(static_cast<float>(value > 1 ? 1 : value)));
-        break;
-      case Dtype::i64:
-        put(i, int64_t{value});
-        break;
-      case Dtype::i32:
-        put(i, int32_t{value});
-        break;
-      case Dtype::i16:
-        put(i, static_cast<int16_t>(value));
-        break;
-      case Dtype::i8:
-      case Dtype::u8:
-      case Dtype::boolean:
-        put(i, static_cast<int8_t>(value));
-        break;
-    }
-  }
-  return bytes;
-}
-
-std::vector<char> expected(Dtype dtype, Op op, size_t count,
-                           const std::vector<std::vector<char>>& inputs) {
-  std::vector<char> result(count * size_of(dtype));
-  std::vector<Source> sources;
-  for (const auto& input : inputs) sources.push_back({input.data(), Format::storage});
-  const Target target{result.data(), Format::storage};
-  reduce({dtype, op, static_cast<int>(inputs.size())}, {&target, 1}, sources, count);
-  return result;
-}
 
 struct Layout {
   size_t skew_elements = 0;
@@ -208,6 +94,128 @@ void test_allreduces(Random& random) {
   }
 }
 
+// ---- Divisions
+
+/// What of the message belongs to whom: random cuts, some of them of nothing; or all to one.
+void divide(std::vector<DeviceCall>& calls, bool single, Random& random) {
+  const size_t count = calls[0].count, size = calls.size();
+  std::vector<size_t> cuts = {0, count};
+  while (cuts.size() < size + 1) cuts.push_back(random() % 3 == 0 ? 0 : random() % (count + 1));
+  std::sort(cuts.begin(), cuts.end());
+  const int owner = static_cast<int>(random() % size);
+  for (DeviceCall& call : calls) {
+    call.division = single ? Division::single : Division::table;
+    call.owner = owner;
+    std::copy(cuts.begin(), cuts.end(), call.offsets);
+  }
+}
+
+Chunk part_of(const DeviceCall& call, size_t rank) {
+  if (call.division == Division::table) {
+    return {call.offsets[rank], call.offsets[rank + 1] - call.offsets[rank]};
+  }
+  return {0, static_cast<int>(rank) == call.owner ? call.count : 0};
+}
+
+/// reduce_scatter, and reduce.
+void test_reduce_scatter(KernelRanks& ranks, Dtype dtype, Op op, size_t count, bool single,
+                         Random& random) {
+  const std::string what = std::string("reduce_scatter ") + name_of(dtype) + " " + name_of(op) +
+                           " " + std::to_string(count) + " of " + std::to_string(ranks.size());
+  std::vector<DeviceCall> calls = ranks.calls(dtype, op, count);
+  divide(calls, single, random);
+  const size_t item = size_of(dtype);
+  std::vector<std::unique_ptr<Buffer>> inputs, outputs;
+  std::vector<std::vector<char>> values;
+  for (size_t rank = 0; rank < calls.size(); ++rank) {
+    values.push_back(random_bytes(dtype, count, random));
+    inputs.push_back(std::make_unique<Buffer>(count * item, random() % 5 * item));
+    outputs.push_back(
+        std::make_unique<Buffer>(part_of(calls[rank], rank).length * item, random() % 5 * item));
+    inputs.back()->fill(values.back());
+    calls[rank].input = inputs.back()->data();
+    calls[rank].output = outputs.back()->data();
+    calls[rank].gathers = false;
+  }
+  ranks.launch(Kernel::staged, calls);
+  ranks.wait();
+  ranks.require_no_trouble(what);
+  const std::vector<char> right = expected(dtype, op, count, values);
+  for (size_t rank = 0; rank < calls.size(); ++rank) {
+    const Chunk part = part_of(calls[rank], rank);
+    const std::vector<char> mine(right.begin() + static_cast<ptrdiff_t>(part.offset * item),
+                                 right.begin() + static_cast<ptrdiff_t>(part.end() * item));
+    require(same(dtype, outputs[rank]->read(), mine), what + ": wrong");
+    require(outputs[rank]->guards_intact(), what + ": wrote outside");
+  }
+}
+
+/// allgather, and broadcast.
+void test_allgather(KernelRanks& ranks, Dtype dtype, size_t count, bool single, Random& random) {
+  const std::string what = std::string("allgather ") + name_of(dtype) + " " +
+                           std::to_string(count) + " of " + std::to_string(ranks.size());
+  std::vector<DeviceCall> calls = ranks.calls(dtype, Op::sum, count);
+  divide(calls, single, random);
+  const size_t item = size_of(dtype);
+  const std::vector<char> right = random_bytes(dtype, count, random);
+  std::vector<std::unique_ptr<Buffer>> inputs, outputs;
+  for (size_t rank = 0; rank < calls.size(); ++rank) {
+    const Chunk part = part_of(calls[rank], rank);
+    const std::vector<char> mine(right.begin() + static_cast<ptrdiff_t>(part.offset * item),
+                                 right.begin() + static_cast<ptrdiff_t>(part.end() * item));
+    inputs.push_back(std::make_unique<Buffer>(mine.size(), random() % 5 * item));
+    outputs.push_back(std::make_unique<Buffer>(right.size(), random() % 5 * item));
+    inputs.back()->fill(mine);
+    calls[rank].input = inputs.back()->data();
+    calls[rank].output = outputs.back()->data();
+    if (random() % 2 == 0) {  // in place
+      char* const place = calls[rank].output + part.offset * item;
+      check(cudaMemcpy(place, calls[rank].input, mine.size(), cudaMemcpyDefault));
+      calls[rank].input = place;
+    }
+    calls[rank].reduces = false;
+  }
+  ranks.launch(Kernel::staged, calls);
+  ranks.wait();
+  ranks.require_no_trouble(what);
+  for (size_t rank = 0; rank < calls.size(); ++rank) {
+    require(outputs[rank]->read() == right, what + ": wrong");
+    require(outputs[rank]->guards_intact(), what + ": wrote outside");
+  }
+}
+
+void test_divisions(Random& random) {
+  for (int size : {1, 2, 3, 4, 8}) {
+    KernelRanks ranks(size, false);
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::u8, Dtype::c64, Dtype::c128}) {
+      for (size_t count : {0, 1, size - 1, size + 1, 1009, 20011}) {
+        for (bool single : {false, true}) {
+          const Op op = random() % 2 == 0 ? Op::sum : Op::prod;
+          test_reduce_scatter(ranks, dtype, op, count, single, random);
+          test_allgather(ranks, dtype, count, single, random);
+        }
+      }
+    }
+  }
+}
+
+/// Rounds and slots of all kinds are used several times over.
+void test_large(Random& random) {
+  KernelRanks ranks(3);
+  const size_t more_than_slots = (size_t{26} << 20) / sizeof(double);
+  const Layout aligned{}, in_place{0, false, true};
+  test_allreduce(ranks, Kernel::staged, Dtype::f64, Op::avg, more_than_slots, aligned, random);
+  test_reduce_scatter(ranks, Dtype::f64, Op::max, more_than_slots / 2, false, random);
+  test_allgather(ranks, Dtype::c128, more_than_slots / 2, true, random);
+  test_allreduce(ranks, Kernel::ring, Dtype::f64, Op::sum, 700001, in_place, random);
+  test_allreduce(ranks, Kernel::ring, Dtype::bf16, Op::avg, 700001, aligned, random);
+  test_allreduce(ranks, Kernel::tree, Dtype::f64, Op::sum, 700001, in_place, random);
+  test_allreduce(ranks, Kernel::tree, Dtype::f16, Op::sum, 700001, aligned, random);
+  test_allreduce(ranks, Kernel::two_shot, Dtype::f32, Op::sum, 700001, in_place, random);
+  test_allreduce(ranks, Kernel::one_shot, Dtype::i16, Op::sum, one_shot_largest_bytes / 2, in_place,
+                 random);
+}
+
 }  // namespace
 }  // namespace ringreduce::cuda
 
@@ -215,6 +223,8 @@ int main() {
   alarm(300);
   ringreduce::cuda::Random random(1);
   ringreduce::cuda::test_allreduces(random);
+  ringreduce::cuda::test_divisions(random);
+  ringreduce::cuda::test_large(random);
   std::printf("kernels: good\n");
   return 0;
 }

@@ -19,7 +19,8 @@ struct Machine {
 };
 Machine& machine();
 
-/// Delays every operation of a stream by a random time below this. 0: not at all.
+/// Delays operations of streams by random times below this. 0: not at all. At first what
+/// FAKE_CUDA_DELAY_US says.
 void set_most_delay_us(unsigned most_us);
 
 /// What cudaMalloc gives and nobody has freed, in bytes, in this process.

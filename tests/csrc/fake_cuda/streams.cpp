@@ -1,6 +1,8 @@
 // Streams, events and graphs: each stream is a thread that runs its operations in order; a graph is
 // the list of operations that were recorded, in the order in which they came.
+#include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 
@@ -11,7 +13,10 @@
 namespace fake_cuda {
 namespace {
 
-std::atomic<unsigned> most_delay_us{0};
+std::atomic<unsigned> most_delay_us{[] {
+  const char* const given = std::getenv("FAKE_CUDA_DELAY_US");
+  return given ? static_cast<unsigned>(std::atoi(given)) : 0u;
+}()};
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 void delay(std::mt19937& random) {
