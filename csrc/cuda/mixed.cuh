@@ -111,8 +111,8 @@ __device__ inline void reduce_mixed(Op op, int divisor, const Mixed& mixed, size
   auto bits = reinterpret_cast<uintptr_t>(mixed.own);
   for (int t = 0; t < mixed.num_targets; ++t) bits |= reinterpret_cast<uintptr_t>(mixed.targets[t]);
   const size_t packs = bits % sizeof(Pack) == 0 ? count / lanes<Stored> : 0;
-  // What registers allow: each element takes one.
-  constexpr int at_once = lanes<Stored> > 8 ? 1 : lanes<Stored> > 4 ? 2 : 4;
+  // What registers allow: 4 packs of a type of 4 bytes spilled.
+  constexpr int at_once = lanes<Stored> > 8 ? 1 : 2;
   with_operation<Stored>(op, [&](auto operation) {
     using Operation = decltype(operation);
     size_t pack = threadIdx.x;

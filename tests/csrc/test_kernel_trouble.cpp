@@ -2,7 +2,7 @@
 // come with something else, late, or never.
 #include <unistd.h>
 
-#include <chrono>
+#include <atomic>
 #include <cstdlib>
 #include <thread>
 
@@ -176,11 +176,13 @@ void test_abort(int size, Kernel kernel, Random& random) {
   Job job(ranks, kernel, 5000);
   job.fill(random);
   for (int rank = 1; rank < size; ++rank) ranks.launch(kernel, job.call(rank));
-  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  Status& status = *ranks[1].status;
+  while (std::atomic_ref(status.begun).load() == std::atomic_ref(status.left).load()) {
+    std::this_thread::yield();
+  }
   require(cudaStreamQuery(ranks[1].stream) == cudaErrorNotReady, "nobody waits");
-  require(ranks[1].status->begun != ranks[1].status->left, "no kernel is under way");
   for (int rank = 0; rank < size; ++rank) {
-    reinterpret_cast<volatile uint32_t&>(ranks[rank].status->abort) = 1;
+    std::atomic_ref(ranks[rank].status->abort).store(1);
   }
   ranks.wait();
   job.require_untouched("abort");

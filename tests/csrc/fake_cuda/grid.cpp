@@ -158,6 +158,13 @@ RR_UNSEEN void start_fiber(Fiber& fiber) {
   fiber.at_meeting = fiber.finished = false;
 }
 
+RR_UNSEEN void switch_to_first() {
+  Fiber& first = *scheduler.fibers[0];
+  place = first.place;
+  hand_sanitizer(first.sanitizer);
+  swapcontext(&scheduler.main, &first.context);
+}
+
 }  // namespace
 
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body) {
@@ -189,9 +196,7 @@ void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& bo
   all.main_sanitizer = __tsan_get_current_fiber();
 #endif
   order_before(&all.main);
-  place = all.fibers[0]->place;
-  hand_sanitizer(all.fibers[0]->sanitizer);
-  swapcontext(&all.main, &all.fibers[0]->context);
+  switch_to_first();
   order_after(&all.main);
 }
 
