@@ -288,6 +288,10 @@ void check_on_gpu(const Core& core, const Call& call) {
   for (const Tensor& tensor : call.tensors) {
     const size_t bytes = tensor.count() * size_of(call.dtype);
     if (bytes == 0) continue;
+    if (reinterpret_cast<uintptr_t>(tensor.input) % size_of(call.dtype) != 0 ||
+        reinterpret_cast<uintptr_t>(tensor.output) % size_of(call.dtype) != 0) {
+      throw Error(ErrorCode::invalid, "a tensor on a GPU must be aligned to its elements");
+    }
     if ((input_end && tensor.input != input_end) || (output_end && tensor.output != output_end)) {
       throw Error(ErrorCode::invalid, "tensors of one call on a GPU must lie in one buffer");
     }

@@ -1,6 +1,5 @@
 #include "cuda/gpu.h"
 
-#include <cuda_runtime.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -8,11 +7,8 @@
 #include <cstring>
 #include <mutex>
 
-#include "base/error.h"
-
-#ifndef RR_CUDA_BUILT
-#define RR_CUDA_BUILT "unknown version"
-#endif
+#include "cuda/device_memory.h"
+#include "cuda/runtime.h"
 
 namespace ringreduce::cuda {
 namespace {
@@ -20,64 +16,6 @@ namespace {
 /// A kernel of the set-up's check waits for its peers so long.
 constexpr double check_timeout_s = 5;
 constexpr size_t check_count = 4099;  // several blocks, and a rest
-
-void require(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // not sticky: the next call of anybody begins without it
-  throw Error(ErrorCode::resource, std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
-}
-
-/// Makes a device current, and then again the one that was: torch and cupy rely on it.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    require(cudaGetDevice(&before_), "no current device");
-    if (before_ != device) require(cudaSetDevice(device), "cannot use the tensor's device");
-    changed_ = before_ != device;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
-
-class CudaEvent : public Event {
- public:
-  CudaEvent(int device, void* stream) : device_(device) {
-    const OnDevice on(device);
-    require(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cannot make an event");
-    const cudaError_t error = cudaEventRecord(event_, as_stream(stream));
-    if (error != cudaSuccess) cudaEventDestroy(event_);
-    require(error, "cannot record an event");
-  }
-  ~CudaEvent() override { cudaEventDestroy(event_); }
-
-  bool done() override {
-    const cudaError_t error = cudaEventQuery(event_);
-    if (error == cudaErrorNotReady) {
-      cudaGetLastError();
-      return false;
-    }
-    require(error, "the device failed");
-    return true;
-  }
-
-  void hold_back(void* stream) override {
-    const OnDevice on(device_);
-    require(cudaStreamWaitEvent(as_stream(stream), event_, 0), "a stream cannot wait");
-  }
-
- private:
-  const int device_;
-  cudaEvent_t event_ = nullptr;
-};
 
 /// What each rank tells the others of itself, or of memory that it lends.
 struct Introduction {
@@ -181,13 +119,12 @@ class CudaGpu : public Gpu {
   Shared share(size_t size_bytes, const Exchange& exchange) override {
     Shared shared{size_bytes, std::vector<char*>(static_cast<size_t>(options_.size))};
     char*& own = shared.blocks[static_cast<size_t>(options_.rank)];
-    const std::string no_memory = first_trouble(
-        exchange, trouble_of([&] {
-          const OnDevice on(options_.device);
-          require(cudaMalloc(reinterpret_cast<void**>(&own), size_bytes), "no memory");
-        }));
+    const std::string no_memory = first_trouble(exchange, trouble_of([&] {
+                                                  const OnDevice on(options_.device);
+                                                  own = allocate_on_device(size_bytes);
+                                                }));
     if (!no_memory.empty()) {
-      if (own) cudaFree(own);
+      free_block(shared);
       throw Error(ErrorCode::resource, no_memory);
     }
     if (!why_host_.empty() || options_.size == 1) return shared;
@@ -226,6 +163,7 @@ class CudaGpu : public Gpu {
   bool idle() override {
     if (!last_event_) return true;
     const OnDevice on(options_.device);
+    const Unrecorded unrecorded;
     const cudaError_t error = cudaEventQuery(last_event_);
     if (error == cudaErrorNotReady) cudaGetLastError();
     return error != cudaErrorNotReady;  // after an error of the device nothing runs any more
@@ -238,7 +176,8 @@ class CudaGpu : public Gpu {
     free_block(slab_);
     if (last_event_) cudaEventDestroy(last_event_);
     if (side_stream_) cudaStreamDestroy(side_stream_);
-    if (status_) cudaFreeHost(status_);
+    // As with memory of the device, freeing would wait for the kernels of other ranks here.
+    if (status_ && !options_.in_process) cudaFreeHost(status_);
     slab_ = {};
     last_event_ = nullptr;
     side_stream_ = nullptr;
@@ -301,12 +240,13 @@ class CudaGpu : public Gpu {
     const OnDevice on(options_.device);
     blocks_ = most_blocks(most_sharers);
     if (blocks_ == 0) throw Error(ErrorCode::resource, "too many ranks on one GPU");
-    slab_.size_bytes = cuda::slab_bytes(options_.size, options_.wire);
+    check_offset_bytes_ = cuda::slab_bytes(options_.size, options_.wire);
+    slab_.size_bytes = check_offset_bytes_ + check_count * sizeof(int32_t);
     slab_.blocks.resize(static_cast<size_t>(options_.size));
     char*& own = slab_.blocks[static_cast<size_t>(options_.rank)];
-    require(cudaMalloc(reinterpret_cast<void**>(&own), slab_.size_bytes), "no memory");
-    require(cudaMemset(own, 0, slab_.size_bytes), "cannot clear memory");
-    require(cudaDeviceSynchronize(), "the device failed");
+    own = allocate_on_device(slab_.size_bytes);
+    require(cudaMemsetAsync(own, 0, slab_.size_bytes, side_stream_), "cannot clear memory");
+    require(cudaStreamSynchronize(side_stream_), "the device failed");
   }
 
   /// Every rank's own block becomes visible to all. What went wrong; on all ranks, if on one.
@@ -360,30 +300,22 @@ class CudaGpu : public Gpu {
     if (shared.blocks.empty()) return;
     const OnDevice on(options_.device);
     char* own = shared.blocks[static_cast<size_t>(options_.rank)];
-    if (own && cudaFree(own) != cudaSuccess) cudaGetLastError();
+    free_on_device(own, shared.size_bytes, options_.in_process);
   }
 
   /// One real allreduce of known numbers: drivers say that peers are in reach, and yet what is
   /// written there may not arrive (an IOMMU in between, ACS).
   std::string check_path(const Exchange& exchange) {
-    char* data = nullptr;
-    const std::string no_memory = first_trouble(
-        exchange, trouble_of([&] {
-          const OnDevice on(options_.device);
-          require(cudaMalloc(reinterpret_cast<void**>(&data), check_count * sizeof(int32_t)),
-                  "no memory");
-        }));
     // All have come here, so that nobody's kernel waits long for the others'.
-    std::string trouble = no_memory.empty() ? trouble_of([&] { check_sum(data); }) : no_memory;
-    trouble = first_trouble(exchange, trouble);
-    if (data) cudaFree(data);
+    const std::string trouble = first_trouble(exchange, trouble_of([&] { check_sum(); }));
     if (trouble.empty()) return "";
     return "kernels do not reach the peers' memory (" + trouble +
            "); on bare metal, PCIe ACS or an IOMMU may be in the way";
   }
 
-  void check_sum(char* data) {
+  void check_sum() {
     const OnDevice on(options_.device);
+    char* const data = slab_.blocks[static_cast<size_t>(options_.rank)] + check_offset_bytes_;
     std::vector<int32_t> values(check_count);
     for (size_t i = 0; i < check_count; ++i) values[i] = options_.rank + static_cast<int>(i);
     const size_t size_bytes = check_count * sizeof(int32_t);
@@ -427,6 +359,7 @@ class CudaGpu : public Gpu {
   std::string why_host_;
   int blocks_ = 0;
   Shared slab_;
+  size_t check_offset_bytes_ = 0;    // in the slab: numbers for the check of the path
   Status* status_ = nullptr;         // as the host sees it
   Status* device_status_ = nullptr;  // as the device does
   cudaStream_t side_stream_ = nullptr;
@@ -435,40 +368,6 @@ class CudaGpu : public Gpu {
 };
 
 }  // namespace
-
-About about() {
-  About about;
-  about.built = RR_CUDA_BUILT;
-  const auto version = [](int number) {
-    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-  };
-  int runtime = 0, driver = 0;
-  cudaRuntimeGetVersion(&runtime);
-  cudaDriverGetVersion(&driver);
-  about.runtime = "runtime " + version(runtime) + ", " +
-                  (driver == 0 ? "no driver" : "driver " + version(driver));
-  const cudaError_t error = cudaGetDeviceCount(&about.devices);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    about.devices = 0;
-    // Its own words for it are that the driver's version is insufficient.
-    about.unavailable = driver == 0 ? "no driver for GPUs" : cudaGetErrorString(error);
-  } else if (about.devices == 0) {
-    about.unavailable = "no device";
-  }
-  return about;
-}
-
-bool capturing(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(as_stream(stream), &status);
-  if (error != cudaSuccess) cudaGetLastError();
-  return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
-}
-
-std::shared_ptr<Event> record(int device, void* stream) {
-  return std::make_shared<CudaEvent>(device, stream);
-}
 
 std::unique_ptr<Gpu> Gpu::open(const Options& options, const Exchange& exchange) {
   return std::make_unique<CudaGpu>(options, exchange);
