@@ -329,10 +329,12 @@ void register_communicator(nb::module_& m) {
       .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
            nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"),
            nb::arg("device") = -1, nb::arg("stream") = 0, nb::arg("rows") = nb::list())
-      .def("allreduce_plain",  // names and defaults of arguments would cost it 10 ns
-           [](PyCommunicator& self, nb::handle x, nb::handle op) {
-             return allreduce_plain(*self.communicator, x, op);
-           })
+      .def(
+          "allreduce_plain",
+          [](PyCommunicator& self, nb::handle x, nb::handle op) {
+            return allreduce_plain(*self.communicator, x, op);
+          },
+          nb::arg().none(), nb::arg().none())
       .def("allocate", &allocate, nb::arg("size_bytes"), nb::arg("device") = -1)
       .def("is_symmetric", &is_symmetric)
       .def("check", [](PyCommunicator& self) { self.communicator->check(); })
