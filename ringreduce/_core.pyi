@@ -49,6 +49,7 @@ class MpiLibrary:
         byte_type: bytes,
         null_request: bytes,
         undefined: int,
+        max_tag: int,
     ) -> None: ...
 
 class Packer:

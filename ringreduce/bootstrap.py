@@ -166,6 +166,7 @@ class MpiBootstrap(Bootstrap):
             byte_type=_bytes_of(MPI.BYTE),
             null_request=_bytes_of(MPI.REQUEST_NULL),
             undefined=MPI.UNDEFINED,
+            max_tag=MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767,  # which every MPI has
         )
         return self._library
 

@@ -18,18 +18,20 @@ void register_mpi(nb::module_& m) {
       .def(
           "__init__",
           [](MpiLibrary* self, const std::string& path, size_t handle_bytes, size_t status_bytes,
-             nb::bytes communicator, nb::bytes byte_type, nb::bytes null_request, int undefined) {
+             nb::bytes communicator, nb::bytes byte_type, nb::bytes null_request, int undefined,
+             int max_tag) {
             new (self) MpiLibrary{path,
                                   handle_bytes,
                                   status_bytes,
                                   text(communicator),
                                   text(byte_type),
                                   text(null_request),
-                                  undefined};
+                                  undefined,
+                                  max_tag};
           },
           nb::kw_only(), nb::arg("path"), nb::arg("handle_bytes"), nb::arg("status_bytes"),
           nb::arg("communicator"), nb::arg("byte_type"), nb::arg("null_request"),
-          nb::arg("undefined"))
+          nb::arg("undefined"), nb::arg("max_tag"))
       .def_ro("path", &MpiLibrary::path)
       .def_ro("handle_bytes", &MpiLibrary::handle_bytes)
       .def_ro("status_bytes", &MpiLibrary::status_bytes);

@@ -7,14 +7,12 @@
 #include "algorithms/hierarchical.h"
 #include "algorithms/ring.h"
 #include "algorithms/tree.h"
-#include "algorithms/two_shot.h"
 #include "comm/collective.h"
-#include "shm/staged.h"
+#include "comm/owners.h"
+#include "comm/steps.h"
 
 namespace ringreduce {
 namespace {
-
-constexpr size_t block_granule = line_bytes;  // no two ranks write to the same cache line
 
 class AcrossNodes {
  public:
@@ -29,14 +27,18 @@ class AcrossNodes {
         limits_{core.options.warn_after_s, core.options.timeout_s},
         interrupted_(interrupted),
         watch_(core.group, header_, limits_, interrupted, core.closing),
+        steps_(core, header_, watch_),
         partial_bytes_(partial_size_of(call.dtype)) {
     message_.reduction.size = core.size;
   }
 
   void run() {
     if (core_.group.aborted()) throw_failure();
-    const bool small = call_.kind == Kind::allreduce && !call_.meets_only &&
-                       !core_.tuner.needs_wire() &&
+    if (call_.kind == Kind::reduce_scatter)
+      scattered_ = operands_.scatter_rows(core_.rank, core_.size);
+    const bool sums = call_.kind == Kind::allreduce || call_.kind == Kind::reduce_scatter ||
+                      call_.kind == Kind::reduce;
+    const bool small = sums && !call_.meets_only && !core_.tuner.needs_wire() &&
                        operands_.count() * partial_bytes_ <= Agreement::largest_payload_bytes;
     core_.window.begin(header_, message_, watch_);
     if (small) core_.window.share_input({0, operands_.count()});
@@ -112,12 +114,6 @@ class AcrossNodes {
     return true;
   }
 
-  /// Partial sums go on: avg divides once, at the end.
-  static Reduction unfinished(Reduction reduction) {
-    if (reduction.op == Op::avg) reduction.op = Op::sum;
-    return reduction;
-  }
-
   /// Of all ranks of the communicator, in their order.
   std::vector<Header> all_headers() {
     const auto& nodes = cluster_.ranks();
@@ -146,50 +142,14 @@ class AcrossNodes {
     return headers;
   }
 
-  // ---- Steps of which collectives are made. They throw if the communicator is aborted.
-
-  Ring ring_of_nodes() const { return {cluster_.node(), cluster_.nodes()}; }
-
-  /// Block l of the node's sum ends in local rank l's outputs.
-  void reduce_scatter_inside(const Message& message, const Blocks& blocks) {
-    staged(message, Staged::Phases::reduce_scatter, blocks);
-  }
-
-  /// Block l of local rank l's outputs goes to the outputs of all ranks of the node.
-  void allgather_inside(const Message& message, const Blocks& blocks) {
-    Message gathered = message;
-    gathered.inputs = message.outputs;
-    staged(gathered, Staged::Phases::allgather, blocks);
-  }
-
-  void staged(const Message& message, Staged::Phases phases, const Blocks& blocks) {
-    if (core_.group.size() == 1) {
-      message.copy_across({0, blocks.count()});
-      return;
-    }
-    core_.window.begin(header_, message, watch_);
-    Staged rounds(core_.window, phases, blocks);
-    staged_rounds(rounds, rounds.rounds(), rounds.lead());
-    rounds.finish();
-    if (core_.window.stopped()) throw_failure();
-  }
-
-  /// algorithm(wire, chunk) over the nodes. Any thread, with a watch of its own.
-  template <class Algorithm>
-  void over(NetWire& wire, const Message& message, Watch& watch, Algorithm algorithm) {
-    wire.begin(message, watch);
-    algorithm(wire, wire.chunk_elements());
-    if (!wire.end()) throw_failure();
-  }
-
   /// The leaders' blocks go to all leaders, and then to all ranks.
   void gather_leaders(const Message& message, const Blocks& blocks) {
     if (cluster_.leads()) {
-      over(cluster_.leaders(), message, watch_, [&](NetWire& wire, size_t chunk) {
-        ring_allgather(wire, ring_of_nodes(), blocks, chunk);
+      steps_.over(cluster_.leaders(), message, watch_, [&](NetWire& wire, size_t chunk) {
+        ring_allgather(wire, steps_.ring_of_nodes(), blocks, chunk);
       });
     }
-    allgather_inside(message, Blocks::single(blocks.count(), core_.group.size(), 0));
+    steps_.allgather_inside(message, Blocks::single(blocks.count(), core_.group.size(), 0));
   }
 
   // ---- The collectives.
@@ -210,7 +170,7 @@ class AcrossNodes {
 
   void reduce_over(NetWire& wire, int rank, int size, AcrossChoice choice, const Message& message,
                    size_t count, Watch& watch) {
-    over(wire, message, watch, [&](NetWire& over, size_t) {
+    steps_.over(wire, message, watch, [&](NetWire& over, size_t) {
       switch (choice.algorithm) {
         case Across::doubling:
           doubling_allreduce(over, rank, size, count, choice.chunk);
@@ -260,10 +220,12 @@ class AcrossNodes {
       } else if (across_.partial_bytes_ == message_.item_bytes) {
         Message inside = message_;
         inside.reduction = unfinished(message_.reduction);
-        across_.staged(inside, Staged::Phases::reduce_scatter, blocks(segment));
+        across_.steps_.staged(inside, Staged::Phases::reduce_scatter, blocks(segment));
         shard.message.inputs = shard.message.outputs;
       } else {
-        reduce_widened(shard, segment);
+        across_.steps_.sum_inside(message_, rails_.whole(segment), blocks(segment), shard.sums);
+        shard.message.input_format = Format::partial;
+        shard.message.inputs = {{0, mine.length, shard.sums.data()}};
       }
     }
 
@@ -295,7 +257,7 @@ class AcrossNodes {
     }
 
     void allgather(size_t segment) {
-      if (local_size() > 1) across_.allgather_inside(message_, blocks(segment));
+      if (local_size() > 1) across_.steps_.allgather_inside(message_, blocks(segment));
     }
 
    private:
@@ -324,34 +286,11 @@ class AcrossNodes {
       return Blocks::table(offsets_.data(), local_size());
     }
 
-    /// 16-bit floats are added as float32, from here to the end of the sum.
-    void reduce_widened(Shard& shard, size_t segment) {
-      const Chunk whole = rails_.whole(segment), mine = chunk_of(segment);
-      const size_t partial_bytes = across_.partial_bytes_;
-      Message inside;
-      inside.reduction = unfinished(message_.reduction);
-      widened_.resize(whole.length * partial_bytes);
-      message_.for_each_run(message_.inputs, whole, [&](const char* from, Chunk part) {
-        const Target to{&widened_[(part.offset - whole.offset) * partial_bytes], Format::partial};
-        const Source source{from, Format::storage};
-        reduce(inside.reduction, {&to, 1}, {&source, 1}, part.length);
-      });
-      shard.sums.resize(mine.length * partial_bytes);
-      inside.reduction.dtype = Dtype::f32;
-      inside.item_bytes = partial_bytes;
-      inside.inputs = {{whole.offset, whole.length, widened_.data()}};
-      inside.outputs = {{mine.offset, mine.length, shard.sums.data()}};
-      across_.staged(inside, Staged::Phases::reduce_scatter, blocks(segment));
-      shard.message.input_format = Format::partial;
-      shard.message.inputs = {{0, mine.length, shard.sums.data()}};
-    }
-
     AcrossNodes& across_;
     const Message& message_;
     const Rails rails_;
     const AcrossChoice choice_;
     std::vector<size_t> offsets_;
-    std::vector<char> widened_;
     Shard shards_[2];
   };
 
@@ -382,72 +321,58 @@ class AcrossNodes {
     }
   }
 
+  /// A ring has the least traffic, but a step for each node: with many, a message of medium size
+  /// is sooner everywhere.
+  void reduce_to(const Owners& owners) {
+    const auto nodes = static_cast<double>(cluster_.nodes());
+    const auto rails = static_cast<size_t>(cluster_.rails());
+    const size_t shard = (operands_.count() + rails - 1) / rails;
+    const Link link = core_.tuner.rail(cluster_.rails());
+    const NodesChoice choice = core_.tuner.across(operands_.count(), cluster_.shape(), call_.dtype);
+    const double part = owners.rails_own ? (nodes - 1) / nodes : 1;
+    const double ring_s = (nodes - 1) * link.alpha_s +
+                          part * static_cast<double>(shard * partial_bytes_) * link.beta_s_per_byte;
+    const double allreduce_s =
+        across_time_s(choice.across, shard, cluster_.nodes(), link, call_.dtype);
+    if (ring_s <= allreduce_s) {
+      reduce_to_owners(steps_, message_, owners);
+    } else {
+      reduce_to_outputs();
+    }
+  }
+
   void reduce_scatter() {
-    operands_.scatter_rows(core_.rank, core_.size);
-    reduce_to_outputs();
+    Owners owners{{}, true};
+    for (size_t rank = 0; rank + 1 < scattered_.size(); ++rank) {
+      owners.parts.push_back({scattered_[rank], scattered_[rank + 1] - scattered_[rank]});
+    }
+    reduce_to(owners);
   }
 
-  void reduce_to_root() { reduce_to_outputs(); }
-
-  /// To the ranks of root's node; along the nodes, each rail a shard; to the ranks of the others.
-  void broadcast() {
-    int root_node = 0, root_place = 0;
-    for (int node = 0; node < cluster_.nodes(); ++node) {
-      const std::vector<int>& members = cluster_.ranks()[static_cast<size_t>(node)];
-      const auto place = std::find(members.begin(), members.end(), call_.root);
-      if (place == members.end()) continue;
-      root_node = node;
-      root_place = static_cast<int>(place - members.begin());
-    }
-    const bool at_root = cluster_.node() == root_node;
-    if (at_root) {
-      allgather_inside(message_, Blocks::single(operands_.count(), core_.group.size(), root_place));
-    }
-    const size_t count = operands_.count();
-    const Rails rails{cluster_.rails(), count, count, block_granule};
-    if (cluster_.carries()) {
-      const Chunk shard = rails.shard(0, core_.group.rank());
-      Message mine = message_;
-      mine.outputs = slice(message_.outputs, shard, message_.item_bytes);
-      const Blocks blocks = Blocks::single(shard.length, cluster_.nodes(), root_node);
-      over(cluster_.rail(), mine, watch_, [&](NetWire& wire, size_t chunk) {
-        ring_allgather(wire, ring_of_nodes(), blocks, chunk);
-      });
-    }
-    if (!at_root) {
-      allgather_inside(message_, rails.shards(0, core_.group.size()));
-    }
+  /// All belongs to the root.
+  Owners of_root() const {
+    Owners owners{std::vector<Chunk>(static_cast<size_t>(core_.size)), false};
+    owners.parts[static_cast<size_t>(call_.root)] = {0, operands_.count()};
+    return owners;
   }
 
-  /// The parts lie in the message node after node; so a node's ranks, and then its leader, have one
-  /// block. In the output each lies where its rank's number puts it.
+  void reduce_to_root() { reduce_to(of_root()); }
+
+  void broadcast() { gather_from_owners(steps_, message_, of_root()); }
+
   void allgather() {
     for (const Header& header : all_headers()) work_.counts.push_back(header.rows);
     const std::vector<size_t> places = allocate_output(work_, header_.count, message_.item_bytes);
-    std::vector<size_t> nodes{0}, members{};
-    message_.outputs.clear();
-    size_t offset = 0;
-    for (int node = 0; node < cluster_.nodes(); ++node) {
-      for (const int rank : cluster_.ranks()[static_cast<size_t>(node)]) {
-        const auto index = static_cast<size_t>(rank);
-        const size_t length = places[index + 1] - places[index];
-        if (rank == core_.rank) operands_.place_inputs_at(offset);
-        if (node == cluster_.node()) members.push_back(offset);
-        message_.outputs.push_back(
-            {offset, length, work_.output.get() + places[index] * message_.item_bytes});
-        offset += length;
-      }
-      if (node == cluster_.node()) members.push_back(offset);
-      nodes.push_back(offset);
+    Owners owners{{}, true};
+    for (size_t rank = 0; rank + 1 < places.size(); ++rank) {
+      owners.parts.push_back({places[rank], places[rank + 1] - places[rank]});
     }
-    message_.copy_across({0, offset});
-    allgather_inside(message_, Blocks::table(members.data(), core_.group.size()));
-    gather_leaders(message_, Blocks::table(nodes.data(), cluster_.nodes()));
+    operands_.place_inputs_at(places[static_cast<size_t>(core_.rank)]);
+    operands_.set_output(work_.output.get(), places.back());
+    gather_from_owners(steps_, message_, owners);
   }
 
-  [[noreturn]] void throw_failure() const {
-    throw_aborted(core_, header_.describe() + " #" + std::to_string(header_.sequence));
-  }
+  [[noreturn]] void throw_failure() const { steps_.throw_failure(); }
 
   Core& core_;
   Cluster& cluster_;
@@ -459,7 +384,9 @@ class AcrossNodes {
   const GroupWatch::Limits limits_;
   const Interrupted& interrupted_;
   GroupWatch watch_;
+  Steps steps_;
   const size_t partial_bytes_;
+  std::vector<size_t> scattered_;  // reduce_scatter: where each rank's rows begin, and the end
 };
 
 }  // namespace

@@ -55,12 +55,12 @@ Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& excha
     communicator = std::max(communicator, std::stoi(each));
   }
   next_communicator.store(communicator + 1);
-  const int first_tag = communicator * tags_per_communicator;
-  if (first_tag + tags_per_communicator > Mpi::max_tag) {
+  if (communicator >= network.mpi->max_tag / tags_per_communicator) {
     throw Error(ErrorCode::resource, "this process has been a member of " +
                                          std::to_string(communicator) +
                                          " communicators across hosts, and MPI's tags are used up");
   }
+  const int first_tag = communicator * tags_per_communicator;
   const std::vector<int> numbers = learn_numbers(exchange, network);
   std::vector<int> leader_numbers, rail_numbers;
   for (const std::vector<int>& members : ranks_) {
@@ -131,10 +131,13 @@ void Cluster::heard(const std::string& message) {
 
 void Cluster::lost(int node) {
   const int leader = ranks_[static_cast<size_t>(node)][0];
+  if (!group_.aborted()) {
+    std::lock_guard lock(mutex_);
+    abort_told_ = true;  // the lifeline tells the others
+  }
   group_.abort(ErrorCode::peer_failed, leader,
                "rank " + std::to_string(leader) + " (host " + hosts_[static_cast<size_t>(node)] +
                    ") is out of reach: its process or its host has ended, or the network is cut");
-  tell_abort();
 }
 
 void Cluster::look_around() {

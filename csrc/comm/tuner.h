@@ -44,6 +44,8 @@ class Tuner {
 
   /// How the sum of `count` elements goes across nodes.
   NodesChoice across(size_t count, NodesShape shape, Dtype dtype) const;
+  /// A node's link to the next one, as each of its `rails` sees it.
+  Link rail(int rails) const { return agreed_.rail(rails); }
 
   /// Of `message_bytes` of float32 in private memory.
   Forecast forecast(size_t message_bytes, NodesShape shape) const;

@@ -44,7 +44,8 @@ template <class Handle>
 class LoadedMpi final : public Mpi {
  public:
   LoadedMpi(const MpiLibrary& library, const MpiTable<Handle>& table)
-      : table_(table),
+      : Mpi(library.max_tag),
+        table_(table),
         communicator_(handle_of<Handle>(library.communicator)),
         byte_type_(handle_of<Handle>(library.byte_type)),
         null_request_(handle_of<Handle>(library.null_request)),

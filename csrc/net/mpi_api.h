@@ -20,6 +20,7 @@ struct MpiLibrary {
   size_t status_bytes = 0;                            // of an MPI_Status
   std::string communicator, byte_type, null_request;  // handles, as they lie in memory
   int undefined = 0;                                  // MPI_UNDEFINED
+  int max_tag = 32767;                                // MPI_TAG_UB; so much every MPI allows
 };
 
 /// Point-to-point messages over one communicator. Every call is thread-safe (MPI_THREAD_MULTIPLE is
@@ -29,7 +30,6 @@ struct MpiLibrary {
 class Mpi {
  public:
   static constexpr size_t max_message_bytes = size_t{1} << 30;  // MPI counts with an int
-  static constexpr int max_tag = 32767;                         // what every MPI allows
 
   /// An operation under way, or none. A plain value: copies stand for the same operation.
   struct Request {
@@ -37,7 +37,10 @@ class Mpi {
     explicit operator bool() const { return handle != 0; }
   };
 
+  explicit Mpi(int max_tag) : max_tag(max_tag) {}
   virtual ~Mpi() = default;
+
+  const int max_tag;  // of a message; equal on all ranks
 
   virtual void isend(const void* data, size_t size_bytes, int to, int tag, Request& request) = 0;
   /// A longer message than `capacity_bytes` is an error, thrown by test().

@@ -24,6 +24,7 @@ class FakeNetwork {
     unsigned seed = 1;
     unsigned max_delay_tests = 0;  // an operation ends after 0 to so many tests that it could end
     size_t eager_bytes = 4096;     // up to here a send ends without its receive
+    int max_tag = 32767;
   };
 
   FakeNetwork() : FakeNetwork(Settings{}) {}
@@ -42,6 +43,12 @@ class FakeNetwork {
   void break_calls_of(int rank) {
     const std::lock_guard lock(mutex_);
     broken_.insert(rank);
+  }
+
+  /// Of the rank's messages so far, whether they have arrived or not.
+  size_t bytes_sent(int rank) {
+    const std::lock_guard lock(mutex_);
+    return bytes_sent_[rank];
   }
 
   /// Operations that were started and have neither ended nor been cancelled.
@@ -69,7 +76,8 @@ class FakeNetwork {
 
   class RankMpi final : public Mpi {
    public:
-    RankMpi(FakeNetwork& network, int rank) : network_(network), rank_(rank) {}
+    RankMpi(FakeNetwork& network, int rank)
+        : Mpi(network.settings_.max_tag), network_(network), rank_(rank) {}
 
     void isend(const void* data, size_t size_bytes, int to, int tag, Request& request) override {
       auto send = std::make_shared<Operation>();
@@ -99,10 +107,11 @@ class FakeNetwork {
     const std::lock_guard lock(mutex_);
     require_working(rank, "a start");
     const int tag = std::get<2>(operation->key);
-    if (size_bytes > Mpi::max_message_bytes || tag < 0 || tag > Mpi::max_tag) {
+    if (size_bytes > Mpi::max_message_bytes || tag < 0 || tag > settings_.max_tag) {
       throw Error(ErrorCode::invalid, "a message or a tag that not every MPI takes");
     }
     operation->size_bytes = size_bytes;
+    if (operation->is_send) bytes_sent_[rank] += size_bytes;
     operation->delay_tests =
         static_cast<unsigned>(random_() % (uint64_t{settings_.max_delay_tests} + 1));
     if (operation->is_send && size_bytes <= settings_.eager_bytes) {
@@ -183,6 +192,7 @@ class FakeNetwork {
   std::map<Key, Queue> sends_, receives_;  // not matched yet
   std::map<uint64_t, std::shared_ptr<Operation>> operations_;
   uint64_t last_handle_ = 0;
+  std::map<int, size_t> bytes_sent_;
   std::set<int> cut_, broken_;
 };
 

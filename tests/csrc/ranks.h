@@ -62,6 +62,7 @@ struct Rank {
   OpenNetwork open_network;
   std::mt19937 random;
   std::unique_ptr<Communicator> comm;
+  FakeNetwork* network = nullptr;  // across hosts
 
   int below(int limit) { return static_cast<int>(random() % static_cast<unsigned>(limit)); }
   bool chance(int in) { return below(in) == 0; }
@@ -102,6 +103,7 @@ inline void run_ranks(int size, Options options, const std::function<void(Rank&)
       const auto number = static_cast<size_t>(rank);
       Rank self{rank, size, {}, options, {}, std::mt19937(seed + static_cast<unsigned>(rank)), {}};
       if (!hosts.empty()) self.options.host = hosts[number];
+      self.network = &network;
       self.open_network = [&network, rank] { return Network{network.rank(rank), rank}; };
       self.exchange = [&exchange, round, number](const std::string& message) {
         return exchange(number, (*round)++, message);
