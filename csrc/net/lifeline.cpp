@@ -23,6 +23,7 @@ namespace ringreduce {
 namespace {
 
 constexpr int look_around_ms = 20;
+constexpr char lost_mark = '\0';  // begins the lifeline's own message: which node is lost
 constexpr uint32_t largest_message_bytes = 1 << 16;
 constexpr int64_t connect_limit_ns = 30'000'000'000;
 
@@ -105,24 +106,45 @@ struct Lifeline::State {
     return closed;
   }
 
+  bool all_left() const {
+    return std::all_of(connections.begin(), connections.end(),
+                       [](const Connection& each) { return each.leaving; });
+  }
+
   void run();
+  void call(const std::function<void()>& event);
+  void hear(const std::string& message);
   bool read(Connection& connection);
   bool deliver(Connection& connection);
   void drop(size_t index);
 };
 
 void Lifeline::State::run() {
-  while (!is_closed()) {
+  while (!is_closed() || !all_left()) {
     std::vector<pollfd> entries;
     for (const Connection& each : connections) entries.push_back({each.socket, POLLIN, 0});
     poll(entries.data(), entries.size(), look_around_ms);
-    const std::lock_guard lock(calling);
-    if (is_closed()) return;
-    events.look_around();
+    call(events.look_around);
     for (size_t index = entries.size(); index-- > 0;) {
       if (entries[index].revents != 0 && !read(connections[index])) drop(index);
     }
   }
+}
+
+/// Not after close().
+void Lifeline::State::call(const std::function<void()>& event) {
+  const std::lock_guard lock(calling);
+  if (!is_closed()) event();
+}
+
+void Lifeline::State::hear(const std::string& message) {
+  call([&] {
+    if (message.front() == lost_mark) {
+      events.lost(std::stoi(message.substr(1)));
+    } else {
+      events.heard(message);
+    }
+  });
 }
 
 /// False: the connection has ended.
@@ -151,7 +173,7 @@ bool Lifeline::State::deliver(Connection& connection) {
       connection.leaving = true;
     } else {
       send_to_all_but(connection.socket, message);
-      events.heard(message);
+      hear(message);
     }
   }
   return true;
@@ -164,7 +186,10 @@ void Lifeline::State::drop(size_t index) {
     connections.erase(connections.begin() + static_cast<long>(index));
   }
   close_noted(connection.socket);
-  if (!connection.leaving) events.lost(connection.node);
+  if (connection.leaving) return;
+  const std::string message = lost_mark + std::to_string(connection.node);
+  send_to_all_but(-1, message);
+  hear(message);
 }
 
 Lifeline::Lifeline(int node, int nodes, bool leads, const Exchange& exchange, Events events,

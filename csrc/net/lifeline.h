@@ -3,6 +3,9 @@
 // kernel's keepalive finds out within about two seconds that a host is gone or a network is cut,
 // also while no rank is in a call. One thread per leader, asleep but for a look around every 20 ms.
 //
+// A node that has said goodbye hears nothing more, but passes on what others tell until they have
+// said goodbye, too, or its process ends.
+//
 // Who connects must show a random token that only ranks of this communicator were given; nothing
 // listens once all are connected.
 #pragma once
@@ -21,7 +24,8 @@ class Lifeline {
   /// Called from the lifeline's thread.
   struct Events {
     std::function<void(const std::string& message)> heard;
-    std::function<void(int node)> lost;  // its leader's connection ended without a goodbye
+    std::function<void(int node)>
+        lost;  // its leader's connection ended without a goodbye; on all nodes
     std::function<void()> look_around;
   };
 
@@ -34,8 +38,8 @@ class Lifeline {
   void start();
   /// Leaders only. Sends to all other nodes, in the background. Any thread.
   void flood(const std::string& message);
-  /// Says goodbye: the end of this connection is no failure. Does not wait. No event comes after it
-  /// has returned, but one may be under way. Idempotent.
+  /// Says goodbye: the end of this connection is no failure. Does not wait, but for an event that
+  /// is under way; none comes after it has returned. Idempotent.
   void close();
 
  private:
