@@ -6,21 +6,18 @@ printed.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, why_not
 from fake_gpu import Log, put_in_place
+from jobs import Mpirun, run_to_end
 
 import ringreduce
 from ringreduce import testing
@@ -36,7 +33,6 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 # Each rank shows its stacks this long before the time limit: enough to write them where ranks
 # outnumber cores.
 STACKS_BEFORE_S = 3.0
-END_S = 2.0  # the last rank may end this much later than mpirun
 SITE_CUSTOMIZE = """
 import faulthandler, os
 faulthandler.enable()
@@ -47,8 +43,6 @@ OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
-
-Mpirun = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -113,66 +107,6 @@ def cluster(launcher: str, mpi_name: str) -> Iterator[Callable[..., Cluster]]:
     yield make
     for each in made:
         each.down()
-
-
-def run_to_end(
-    command: Sequence[str], environment: dict[str, str], timeout_s: float
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command, of which nothing is left afterwards."""
-    mark = f"TEST_JOB={uuid.uuid4()}"
-    process = subprocess.Popen(
-        command,
-        env=environment | dict([mark.split("=")]),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C is ours to handle
-    )
-    try:
-        output, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        kill_job(mark)
-        output, errors = process.communicate()
-        pytest.fail(
-            f"{' '.join(command)} ran longer than {timeout_s:g} s\n"
-            f"--- stdout\n{output}\n--- stderr\n{errors}"
-        )
-    except BaseException:  # Ctrl-C
-        kill_job(mark)
-        process.wait()
-        raise
-    limit = time.monotonic() + END_S
-    while any(processes_of_job(mark)) and time.monotonic() < limit:
-        time.sleep(0.01)
-    left = kill_job(mark)
-    if left:
-        pytest.fail(f"{' '.join(command)} left {left}\n--- stdout\n{output}\n--- stderr\n{errors}")
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-
-def kill_job(mark: str) -> list[str]:
-    """Kills all processes of a job. Returns what it met."""
-    met: list[str] = []
-    while found := list(processes_of_job(mark)):
-        for pid, name in found:
-            met.append(f"{name} ({pid})")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
-    return met
-
-
-def processes_of_job(mark: str) -> Iterator[tuple[int, str]]:
-    """Pid and name of each process that inherited the mark in its environment.
-
-    Launchers put ranks into process groups and sessions of their own, so neither tells. The
-    environment of a zombie is empty.
-    """
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if mark.encode() in (path / "environ").read_bytes().split(b"\0"):
-                yield int(path.name), (path / "comm").read_text().strip()
 
 
 @pytest.fixture(scope="session", params=["threads", "forks"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Mpirun
+from jobs import Mpirun
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_training.py"
 

@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import run_to_end
+from jobs import run_to_end
 from wrapped import assert_trained_as_one_process
 
 COLLECTIVES = """

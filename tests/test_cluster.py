@@ -5,7 +5,7 @@ import time
 
 import pytest
 from cluster import SCRIPT
-from conftest import run_to_end
+from jobs import run_to_end
 
 # Each rank says where it is; all of them exchange 4 MB.
 TALK = """

@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from conftest import run_to_end
+from jobs import run_to_end
 
 from ringreduce import launch
 from ringreduce.bootstrap import SelfBootstrap

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_to_end
+from jobs import run_to_end
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SMALL = ["--batch=7", "--context=16", "--width=16", "--heads=2", "--dtype=float64"]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_to_end
+from jobs import run_to_end
 
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
 
