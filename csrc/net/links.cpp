@@ -13,6 +13,9 @@ namespace {
 // large one takes longer, and costs no core (1 Gbit/s, 2 cores: 0.5 ms; a quarter of a core with 20
 // us, three quarters with 300 us, at the same speed).
 constexpr int64_t small_yield_ns = 300'000, large_yield_ns = 20'000;
+// Before that, a small message is looked for without giving the core up (2 hosts of one rank on 2
+// cores, 1 KB: 14.2 us in place of 14.6).
+constexpr int64_t small_spin_ns = 30'000, large_spin_ns = 0;
 constexpr int64_t look_around_ns = 100'000;
 constexpr timespec nap{0, 30'000};
 
@@ -24,6 +27,7 @@ Links::Links(std::shared_ptr<Mpi> mpi, std::vector<int> ranks, int first_tag, si
       ranks_(std::move(ranks)),
       first_tag_(first_tag),
       slot_bytes_(slot_bytes),
+      spin_ns_(haste == Haste::small_messages ? small_spin_ns : large_spin_ns),
       yield_ns_(haste == Haste::small_messages ? small_yield_ns : large_yield_ns) {}
 
 Links::~Links() {
@@ -86,10 +90,10 @@ bool Links::wait(Mpi::Request& request, Watch& watch, size_t* size_bytes) {
   int64_t looked_ns = begin_ns;
   for (;;) {
     const int64_t now = now_ns();
-    if (now - begin_ns < yield_ns_) {
-      sched_yield();
-    } else {
+    if (now - begin_ns >= yield_ns_) {
       nanosleep(&nap, nullptr);
+    } else if (now - begin_ns >= spin_ns_) {
+      sched_yield();
     }
     if (mpi_->test(request, size_bytes)) return true;
     if (now - looked_ns < look_around_ns) continue;

@@ -63,7 +63,7 @@ class Links {
   std::vector<int> ranks_;
   int first_tag_;
   size_t slot_bytes_;
-  int64_t yield_ns_;
+  int64_t spin_ns_, yield_ns_;
   std::vector<Link> incoming_, outgoing_;
 };
 
