@@ -17,7 +17,7 @@ from ringreduce.buckets import Bucket, Place
 from ringreduce.codecs import Codec, Pending, Plain
 from ringreduce.communicator import Communicator
 from ringreduce.operands import stream_of
-from ringreduce.tensors import describe
+from ringreduce.tensors import describe, torch_stream
 from ringreduce.work import Work
 
 
@@ -77,7 +77,6 @@ class _Streams:
     """On which streams of a GPU the gradients of a bucket were made: usually one, the packer's."""
 
     def __init__(self, wire: Tensor) -> None:
-        self._device = wire.device
         self._array = describe(wire)
         self._found: set[int] = set()
 
@@ -92,17 +91,15 @@ class _Streams:
     def joined(self) -> Iterator[None]:
         """Within, the caller's current stream comes after the others; then they come after it, as
         there the memory of gradients is used again."""
-        current = stream_of(self._array)
-        others = [
-            torch.cuda.ExternalStream(x, device=self._device)
-            for x in list(self._found)  # other threads add
-            if x != current
-        ]
+        own, device = stream_of(self._array), self._array.device
+        found = list(self._found)  # other threads add
+        current = torch_stream(own, device)
+        others = [torch_stream(x, device) for x in found if x != own]
         for other in others:
-            torch.cuda.current_stream(self._device).wait_stream(other)
+            current.wait_stream(other)
         yield
         for other in others:
-            other.wait_stream(torch.cuda.current_stream(self._device))
+            other.wait_stream(current)
 
 
 class _DevicePacker:

@@ -95,6 +95,13 @@ def mark_written(x: Array) -> None:
     x.framework.mark_written(x.owner)
 
 
+def torch_stream(stream: int, device: int) -> Any:
+    """torch's object of a cudaStream_t."""
+    cuda = sys.modules["torch"].cuda
+    # Of the default stream's 0, ExternalStream makes another stream.
+    return cuda.ExternalStream(stream, device=device) if stream else cuda.default_stream(device)
+
+
 def from_bytes(message: bytes) -> Array:
     """A read-only array over the bytes."""
     return describe(np.frombuffer(message, np.uint8))
@@ -273,9 +280,8 @@ class _Torch:
         return int(self._torch._C._cuda_getCurrentRawStream(device))
 
     def event(self, device: int) -> Callable[[int], None]:
-        cuda = self._torch.cuda
-        event = cuda.current_stream(device).record_event()
-        return lambda stream: cuda.ExternalStream(stream, device=device).wait_event(event)
+        event = self._torch.cuda.current_stream(device).record_event()
+        return lambda stream: torch_stream(stream, device).wait_event(event)
 
     def flatten(self, xs: Sequence[Any]) -> Any:
         return self._torch.cat([x.detach().reshape(-1) for x in xs])

@@ -10,7 +10,7 @@ import torch
 from expected import DTYPES, exact_values, make, ops_of, reduced
 from fake_gpu import FakeCuda, cuda, plain
 
-from ringreduce import _core, arrays, gpu_tensors, tensors
+from ringreduce import _core, arrays, gpu_tensors, runs, tensors
 from ringreduce.testing import run_threads
 
 
@@ -298,6 +298,44 @@ def test_asynchronous_results_are_unpacked_once_by_who_waits_first(fake_gpu):
         assert (plain(results[0]) == 0).all() and (plain(results[1]) == 2).all()
 
     run_threads(2, run)
+
+
+def test_the_default_stream_waits_too(monkeypatch):
+    """torch makes a new stream of its address, which is 0."""
+    waits = []
+
+    class Stream:
+        def __init__(self, address):
+            assert address != 0
+            self.address = address
+
+        def record_event(self):
+            return f"event on {self.address}"
+
+        def wait_event(self, event):
+            waits.append((self.address, event))
+
+        def wait_stream(self, other):
+            waits.append((self.address, other.address))
+
+    default = Stream("default")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: Stream(address))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(7))
+    framework = tensors._torch_framework()
+    event = framework.event(0)
+    event(0)
+    event(8)
+    assert waits == [("default", "event on 7"), (8, "event on 7")]
+    waits.clear()
+    current = 0
+    monkeypatch.setattr(type(framework), "stream", lambda self, device: current)
+    streams = runs._Streams(torch.ones(3))
+    streams.note()
+    current = 9
+    with streams.joined():
+        assert waits == [(9, "default")]
+    assert waits == [(9, "default"), ("default", 9)]
 
 
 def test_check_asks_the_core(fake_gpu):

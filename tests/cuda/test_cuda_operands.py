@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ringreduce as rr
+from ringreduce import tensors
 from ringreduce.testing import run_threads
 
 pytestmark = pytest.mark.cuda
@@ -123,6 +124,12 @@ def test_the_host_does_not_wait_for_the_device():
         assert work.done()
 
     run_threads(2, run)
+
+
+def test_a_stream_is_found_by_its_address():
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        device = stream.device_index
+        assert tensors.torch_stream(stream.cuda_stream, device).cuda_stream == stream.cuda_stream
 
 
 def test_symmetric_tensors():
