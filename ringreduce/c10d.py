@@ -180,7 +180,8 @@ def _create(options: Any, _: Any) -> ProcessGroup:
         bootstrap.opened.append(core)
         return Communicator(core, bootstrap, f"torch group {options.group_id}")
 
-    return ProcessGroup(rank, size, open_communicator, _Counts(store, prefix))
+    counts = _Counts(store, prefix)
+    return ProcessGroup(rank, size, open_communicator, counts, settings.timeout_s)
 
 
 dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])

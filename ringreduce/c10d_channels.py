@@ -35,7 +35,11 @@ class Counts(Protocol):
 class Channels:
     """All channels of this rank within a group."""
 
-    def __init__(self, rank: int, size: int, open_pair: OpenPair, counts: Counts) -> None:
+    def __init__(
+        self, rank: int, size: int, open_pair: OpenPair, counts: Counts, timeout_s: float
+    ) -> None:
+        """timeout_s: for how long to look for a message of any source."""
+        self._timeout_s = timeout_s
         self._rank = rank
         self._size = size
         self._open_pair = open_pair
@@ -57,7 +61,7 @@ class Channels:
         channel = self._channel(source, self._rank, tag)
         return Pending(channel.submit(tensor.detach(), True), tensor.device, source)
 
-    def receive_any(self, tensor: Tensor, tag: int, timeout_s: float) -> Pending:
+    def receive_any(self, tensor: Tensor, tag: int) -> Pending:
         """Pending.source says from whom, after its wait."""
         others = [source for source in range(self._size) if source != self._rank]
         if not others:
@@ -65,7 +69,7 @@ class Channels:
         with self._lock:
             if tag not in self._mailboxes:
                 self._mailboxes[tag] = _Mailbox(
-                    lambda source: self._channel(source, self._rank, tag), timeout_s
+                    lambda source: self._channel(source, self._rank, tag), self._timeout_s
                 )
             mailbox = self._mailboxes[tag]
         return Pending(mailbox.submit(tensor.detach(), others), tensor.device)
@@ -186,7 +190,9 @@ class _Mailbox:
                 if self._channel_from(source).has_message():
                     return source
             time.sleep(POLL_S)
-        raise CollectiveTimeout(f"recv from any source: nobody has sent within {self._timeout_s} s")
+        raise CollectiveTimeout(
+            f"recv from any source: nobody has sent within {self._timeout_s:g} s"
+        )
 
 
 _Delivery = tuple[int, Future[Any]]  # from whom, and its message under way

@@ -51,13 +51,15 @@ class ProcessGroup(_ProcessGroup):
     # of its own.
     _device_types = property(lambda self: [torch.device("cpu")])
 
-    def __init__(self, rank: int, size: int, open_communicator: Open, counts: Counts) -> None:
+    def __init__(
+        self, rank: int, size: int, open_communicator: Open, counts: Counts, timeout_s: float
+    ) -> None:
         super().__init__(rank, size)
         self._open = open_communicator
         self._main = open_communicator("", rank, size)
         self._of_callbacks: Communicator | None = None
         self._callbacks = Callbacks()
-        self._channels = Channels(rank, size, open_communicator, counts)
+        self._channels = Channels(rank, size, open_communicator, counts, timeout_s)
         self._name = self._description = ""
 
     # ---- What torch asks about a group.
@@ -308,8 +310,7 @@ class ProcessGroup(_ProcessGroup):
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> GroupWork:
         tensor = _single(tensors)
-        timeout_s = self._main.bootstrap.settings.timeout_s
-        started = self._channels.receive_any(_carried(tensor), tag, timeout_s)
+        started = self._channels.receive_any(_carried(tensor), tag)
         return GroupWork([started], [tensor], self._callbacks)
 
     def _start_coalescing(self, device: Any) -> None:

@@ -5,11 +5,15 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from jobs import run_to_end
 from wrapped import assert_trained_as_one_process
 
+import ringreduce as rr
+from ringreduce.c10d_channels import Channels
+
 COLLECTIVES = """
-import os, torch, ringreduce.c10d, torch.distributed as dist
+import datetime, os, torch, ringreduce.c10d, torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
 def listening():
@@ -113,6 +117,9 @@ else:
     if r == 1:
         assert dist.recv(z := torch.empty(2)) == 0 and (z == 1).all()
         dist.send(torch.full((2,), 9.0), 0)
+
+limited = dist.new_group(timeout=datetime.timedelta(seconds=40))
+assert limited._channels._timeout_s == 40.0
 
 works = [dist.all_reduce(full(i, 1000), async_op=True) for i in range(5)]
 assert [work.result()[0][0].item() for work in works[::-1]] == [12, 9, 6, 3, 0]
@@ -416,3 +423,14 @@ def test_errors_come_out_of_backward_and_end_the_job(mpirun):
     assert done.returncode != 0
     assert done.stdout.count("mismatch") == 6, done.stdout + done.stderr
     assert "nobody catches this" in done.stderr and "PeerFailed" in done.stderr, done.stderr
+
+
+def test_recv_from_any_source_ends_at_its_deadline():
+    class Nothing:
+        def read(self, name):
+            return 0
+
+    channels = Channels(0, 3, None, Nothing(), 0.05)
+    with pytest.raises(rr.CollectiveTimeout, match=r"any source.*0\.05 s"):
+        channels.receive_any(torch.empty(1), 0).wait()
+    channels.close()
