@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, Protocol
@@ -118,6 +118,10 @@ class GroupWork(dist._Work):
             if self._finish is not None:
                 self._finish(results)
                 self._finish = None
+                # Their memory is of other streams, which may use it again when Python lets it go.
+                for x in _on_gpus([*results, *self._value]):
+                    if not x.is_sparse:
+                        x.record_stream(torch.cuda.current_stream(x.device))
                 self._finished = [
                     (gpu, torch.cuda.current_stream(gpu).record_event()) for gpu in self._gpus
                 ]
@@ -252,12 +256,14 @@ class _Future(torch.futures.Future):
 
 
 def _gpus_of(value: Sequence[Any]) -> list[torch.device]:
-    """Where the tensors in a list, or in lists in it, are; without the CPU."""
-    found: dict[torch.device, None] = {}
+    return list(dict.fromkeys(x.device for x in _on_gpus(value)))
+
+
+def _on_gpus(value: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors on GPUs in a list, or in lists in it."""
     for x in value:
         if isinstance(x, torch.Tensor):
             if x.is_cuda:
-                found[x.device] = None
+                yield x
         elif isinstance(x, (list, tuple)):
-            found |= dict.fromkeys(_gpus_of(x))
-    return list(found)
+            yield from _on_gpus(x)

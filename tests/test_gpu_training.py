@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from wrapped import TINY, assert_close, assert_equal, build, mlp, normal
 
 import ringreduce as rr
+from ringreduce.c10d_work import Callbacks, GroupWork
 from ringreduce.model import DistributedModel
 from ringreduce.sync_batchnorm import convert_sync_batchnorm
 from ringreduce.testing import run_threads
+from ringreduce.work import Work
 
 SIZE = 3
 
@@ -234,3 +237,23 @@ def test_models_on_different_kinds_of_device_differ(fake_gpu):
             rr.broadcast_parameters(to_gpu(model) if comm.rank else model, comm=comm)
 
     run_threads(2, run)
+
+
+def test_who_brings_results_into_place_keeps_their_memory_for_its_stream(monkeypatch):
+    """Of torch.distributed's calls: the thread of the callbacks has a stream of its own."""
+    kept = []
+    stream = types.SimpleNamespace(record_event=lambda: "event", wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(
+        FakeCuda, "record_stream", lambda x, stream: kept.append((x.data_ptr(), stream))
+    )
+    whole, output = cuda(torch.ones(3)), cuda(torch.zeros(3))
+    callbacks = Callbacks()
+    work = GroupWork(
+        [Work((), (whole, [3]))], [[output]], callbacks, lambda found: output.copy_(found[0][0])
+    )
+    for _ in range(2):
+        assert work.wait()
+    callbacks.close()
+    assert kept == [(whole.data_ptr(), stream), (output.data_ptr(), stream)]
+    assert plain(output).tolist() == [1.0] * 3

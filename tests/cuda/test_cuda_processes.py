@@ -144,12 +144,14 @@ dist.broadcast(y, 1)
 assert y.item() == 1
 future = dist.all_reduce(cuda(rank), async_op=True).get_future().then(lambda f: f.value()[0] * 2)
 assert future.wait().item() == 2 * sum(range(size))
+z = cuda(0, 0)
 if rank == 0:
     dist.send(cuda(5, 6), 1)
+    assert dist.recv(z) == 1 and z.tolist() == [7, 8]  # from any source
 if rank == 1:
-    z = cuda(0, 0)
     dist.recv(z, 0)
     assert z.tolist() == [5, 6]
+    dist.send(cuda(7, 8), 0)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)).double().cuda()
 data = torch.randn(size * 8, 16, dtype=torch.float64).cuda()
