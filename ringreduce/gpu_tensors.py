@@ -125,20 +125,25 @@ def separate_thread() -> None:
     each device. Does nothing where neither torch nor cupy is in use, or no GPU there.
     """
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is None and cupy is None:
+        return
     # Read when CUDA starts: the device's queues, and that kernels are loaded before the first runs.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     if cuda_unavailable():
         return
+    streams: dict[int, Any] = {}  # of torch, by device
     if torch is not None and torch.cuda.is_available():
         torch.autograd.set_multithreading_enabled(False)
         current = torch.cuda.current_device()
         for device in range(torch.cuda.device_count()):
-            torch.cuda.set_stream(torch.cuda.Stream(device))
+            streams[device] = torch.cuda.Stream(device)
+            torch.cuda.set_stream(streams[device])
         torch.cuda.set_device(current)
     if cupy is not None and cupy.cuda.is_available():
-        if torch is not None and torch.cuda.is_available():
-            stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
-        else:
-            stream = cupy.cuda.Stream(non_blocking=True)
-        stream.use()
+        for device in range(cupy.cuda.runtime.getDeviceCount()):
+            with cupy.cuda.Device(device):
+                if device in streams:
+                    cupy.cuda.ExternalStream(streams[device].cuda_stream).use()
+                else:
+                    cupy.cuda.Stream(non_blocking=True).use()

@@ -309,9 +309,10 @@ class GradientReducer:
         """A user's hook, still to come, may write to any gradient: from now on, to a copy."""
         self._hooked = True
         for run in self._runs:
-            for slot, grad in zip(run.slots, run.grads, strict=True):
-                if grad is not None and slot.parameter.grad is grad:
-                    slot.parameter.grad = grad.clone()
+            with run.joined():
+                for slot, grad in zip(run.slots, run.grads, strict=True):
+                    if grad is not None and slot.parameter.grad is grad:
+                        slot.parameter.grad = grad.clone()
 
     def _guard(self, slot: Slot) -> Callable[[Tensor], None]:
         """Before a gradient is accumulated: what is reduced already must not be reduced again."""

@@ -165,6 +165,10 @@ class Run:
             _core.Packer(views) if self.streams is None else _DevicePacker(self.slots)
         )
 
+    def joined(self) -> contextlib.AbstractContextManager[None]:
+        """Within, what its gradients were made on is behind the caller's current stream."""
+        return contextlib.nullcontext() if self.streams is None else self.streams.joined()
+
     def holds(self, grad: Tensor) -> bool:
         """Whether it begins in the memory that `.grad` is to view."""
         begin = self.flat.data_ptr()
@@ -186,7 +190,7 @@ class Run:
         what is there already. factor: of every gradient; None is 1. async_op: False: returns, if it
         can be, when the bucket is reduced.
         """
-        with self.streams.joined() if self.streams is not None else contextlib.nullcontext():
+        with self.joined():
             self._pack(unused, factor, keeps)
         if type(codec) is not Plain:
             self.work, size_bytes = codec.reduce(comm, self.wire, op, self.index)

@@ -60,10 +60,8 @@ def training(model: nn.Module) -> Loop:
 
 def step_ratio(comm: Communicator, seconds: float) -> float:
     """Step of a DistributedModel over one of all ranks side by side, each alone; both medians."""
-    # One thread of torch's would run the backward passes of all ranks, which wait for each other.
-    with torch.cuda.stream(torch.cuda.Stream()), torch.autograd.set_multithreading_enabled(False):
-        loops = [training(network()), training(rr.DistributedModel(network(), comm=comm))]
-        _, times = measure(comm, loops, 11, seconds)
+    loops = [training(network()), training(rr.DistributedModel(network(), comm=comm))]
+    _, times = measure(comm, loops, 11, seconds)
     alone_s, together_s = np.median(times, axis=0)
     return float(together_s / alone_s)
 
