@@ -17,7 +17,10 @@ class Pending(Protocol):
     """A reduction under way, as a Work is."""
 
     def wait(self) -> object:
-        """Returns when the bucket holds the result, the same on all ranks."""
+        """Returns when the bucket holds the result, the same on all ranks.
+
+        On a GPU: when the caller's current stream will, at what it is given next.
+        """
         ...
 
 
@@ -50,9 +53,9 @@ class Codec:
     ) -> tuple[Pending, int]:
         """Starts to reduce a bucket in place, over all ranks. Collective.
 
-        bucket: 1-d, of `wire_dtype`, in symmetric memory. op: "sum", "avg", "min", "max", "prod".
-        index: of the bucket in the model. Returns what to wait for, and how many bytes of this
-        rank's go into it.
+        bucket: 1-d, of `wire_dtype`, in symmetric memory, where the gradients are. op: "sum",
+        "avg", "min", "max", "prod". index: of the bucket in the model. Returns what to wait for,
+        and how many bytes of this rank's go into it.
         """
         return comm.allreduce_(bucket, op, async_op=True), bucket.nbytes
 

@@ -34,9 +34,9 @@ def allreduce(
 ) -> Any:
     """The sum (by default) of x over all ranks, as a new tensor or in out. x is left as it is.
 
-    x: a torch tensor or numpy array in CPU memory, of any shape and strides, the same shape and
-        dtype on all ranks. float64, float32, float16, bfloat16, int64, int32, int16, int8, uint8,
-        bool, complex64, complex128.
+    x: a torch tensor or numpy array, or on a GPU a torch tensor or cupy array, of any shape and
+        strides, the same shape and dtype on all ranks; on all on the CPU, or on a GPU. float64,
+        float32, float16, bfloat16, int64, int32, int16, int8, uint8, bool, complex64, complex128.
     op: "sum", "avg", "min", "max" or "prod". Floats: 16-bit ones are accumulated in 32 bits; min
         and max propagate NaN. Integers wrap around; their avg is truncated toward zero. bool: sum
         and max are "or", prod and min are "and", no avg. Complex: no min and max.
@@ -50,6 +50,10 @@ def allreduce(
     before anything is sent, for what is wrong on this rank alone; MismatchError, on all ranks,
     where they called different things; PeerFailed, CollectiveTimeout or NotInitialized where the
     collective cannot take place.
+
+    On a GPU it is a part of the caller's current stream, as a kernel of torch would be: when the
+    call returns it may be still to come, and what fails then is raised by the next call, by
+    `Work.wait` or by `Communicator.check`. A communicator works on one GPU of each rank.
     """
     return communicator_of(comm).allreduce(x, op, out=out, async_op=async_op)
 
@@ -75,7 +79,8 @@ def grouped_allreduce(
 ) -> Any:
     """`allreduce` of a list of tensors, as one message for each dtype. Returns the list of results.
 
-    All ranks must pass the same shapes and dtypes in the same order. The list may be empty.
+    All ranks must pass the same shapes and dtypes in the same order. The list may be empty. Tensors
+    on the CPU and on a GPU may be in one list, and travel apart.
     """
     return communicator_of(comm).grouped_allreduce(xs, op, async_op=async_op)
 
@@ -110,7 +115,8 @@ def allgather(x: Any, *, async_op: bool = False, comm: Communicator | None = Non
     """The x of all ranks, in rank order, joined along dimension 0, as a new tensor.
 
     Dimension 0 may differ between ranks, the other dimensions and the dtype may not. A 0-d x counts
-    as one row: the result then has shape (size,).
+    as one row: the result then has shape (size,). On a GPU the ranks tell each other their rows
+    first: with async_op=True, too, the call waits for the others to come.
     """
     return communicator_of(comm).allgather(x, async_op=async_op)
 
@@ -142,7 +148,7 @@ def reduce(
 
 
 def barrier(*, async_op: bool = False, comm: Communicator | None = None) -> Any:
-    """Returns None when all ranks have called it."""
+    """Returns None when all ranks have called it; their GPUs may not have finished by then."""
     return communicator_of(comm).barrier(async_op=async_op)
 
 
@@ -158,7 +164,9 @@ def empty(
     an ordinary one, usable in any collective of comm, in whole or in parts; dropping it is local,
     and its memory is used again when all ranks have.
 
-    dtype: a torch dtype makes a torch tensor; a numpy dtype, or its name, a numpy array.
-    device: None or "cpu". Raises ResourceError if there is not enough shared memory.
+    dtype: a torch dtype makes a torch tensor; a numpy dtype, or its name, a numpy array, on a GPU
+        one of cupy.
+    device: None or "cpu"; "cuda", this thread's current GPU, or "cuda:1". Raises ResourceError if
+        there is not enough memory to share.
     """
     return communicator_of(comm).empty(shape, dtype, device)

@@ -48,6 +48,8 @@ class DistributedModel(nn.Module):
     rank's: a hook on a parameter sees, and an optimizer in it would step with, that one. What hooks
     registered later than this write to any `.grad` is not reduced.
 
+    On a GPU `.grad` is final, when backward returns, for what the current stream is given next.
+
     Attributes and methods that are not its own are the module's, for reading and writing, and so
     are the names in `state_dict()` and `named_parameters()`. A copy (deepcopy, pickle) is connected
     by its first forward with gradients enabled, which is collective like construction.
@@ -153,6 +155,8 @@ class DistributedModel(nn.Module):
         whose `reduce` returns no Work do not count in these three.
         buckets: how many. unused: names of the parameters that no rank had a gradient for in the
         last reduced backward. A world of one reduces nothing.
+        On a GPU all times are the host's, for which a bucket has ended when it is launched: they
+        do not tell what is hidden there.
         """
         return self._attachment.stats()
 

@@ -316,7 +316,7 @@ def _find_framework(x: Any) -> Framework:
         framework = _torch_framework()
     else:
         raise TypeError(
-            f"expected a torch tensor or a numpy array, not {type(x).__name__}: "
+            f"expected a torch tensor or a numpy or cupy array, not {type(x).__name__}: "
             "make one with torch.tensor(x) or numpy.array(x)"
         )
     return _framework_by_type.setdefault(type(x), framework)

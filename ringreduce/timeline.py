@@ -43,7 +43,8 @@ def timeline(path: str | os.PathLike[str], *, comm: Communicator | None = None) 
     until it was reduced; "communication", one for each communicator, every collective, with bytes,
     dtype, algorithm, sequence number and the thread that ran it, and within it how long it waited
     for peers, and how long it moved and reduced data. Where ranks outnumber cores and one of them
-    reduces a small message for all, the others' whole time is waiting.
+    reduces a small message for all, the others' whole time is waiting. Of collectives on GPUs it
+    shows what the host does, which ends with their launch.
 
     Times of ranks on one host are exact; those of other hosts are aligned by barriers at the start
     and the end, and `otherData.clock_accuracy_us` in the file says how well. No more than 2**20

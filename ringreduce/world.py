@@ -50,8 +50,8 @@ def init(
     timeout: seconds after which a collective raises CollectiveTimeout. Default 1800.
     warn_after: seconds after which a waiting rank says whom it waits for. Default 30.
     algorithm: one of auto, one_shot, two_shot, ring, tree. Default auto.
-    tuning: file of `python -m ringreduce.tune`, by which auto chooses. Read by rank 0. Default
-    none: by what links are taken to cost.
+    tuning: file of `python -m ringreduce.tune`, by which auto chooses. Read by rank 0. Default: by
+        what links are taken to cost.
 
     Every argument but comm has a variable, RINGREDUCE_TIMEOUT and so on; the argument wins. Raises
     MismatchError, on every rank, if the ranks were given different values; ValueError for a bad
