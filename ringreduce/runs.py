@@ -166,7 +166,7 @@ class Run:
         )
 
     def joined(self) -> contextlib.AbstractContextManager[None]:
-        """Within, what its gradients were made on is behind the caller's current stream."""
+        """Within, the caller's current stream comes after all that its gradients were made on."""
         return contextlib.nullcontext() if self.streams is None else self.streams.joined()
 
     def holds(self, grad: Tensor) -> bool:

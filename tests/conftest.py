@@ -13,14 +13,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cluster import Cluster, why_not
-from fake_gpu import Log, put_in_place
 from jobs import Mpirun, run_to_end
 
 import ringreduce
 from ringreduce import testing
+
+if TYPE_CHECKING:
+    from fake_gpu import Log
 
 # Whatever a test starts imports the ringreduce that the test itself imports, installed or not.
 PACKAGE_PATH = str(Path(ringreduce.__file__).parents[1])
@@ -119,4 +122,6 @@ def ranks(request: pytest.FixtureRequest) -> Callable[..., list[object]]:
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Log:
     """From here on, ranks have GPUs that are none: see fake_gpu.py."""
+    from fake_gpu import put_in_place  # here: it needs torch
+
     return put_in_place(monkeypatch)
