@@ -54,6 +54,7 @@ Window::Window(Group& group, Segment staging)
 
 void Window::begin(const Header& header, const Message& message, Watch& watch) {
   header_ = &header;
+  sequence_ = header.sequence;
   message_ = &message;
   watch_ = &watch;
   stopped_ = mismatch_ = false;
@@ -65,7 +66,7 @@ bool Window::wait_for(Flag& flag, uint64_t value) {
 }
 
 Header Window::header_of(int rank) const {
-  return group_.control(rank).headers[header_->sequence & 1].load();
+  return group_.control(rank).headers[sequence_ & 1].load();
 }
 
 Arrival& Window::arrival_of(int rank) const {

@@ -91,6 +91,7 @@ class Window {
   uint64_t next_round_ = 0;  // staged rounds over the communicator's life; equal on all ranks
 
   const Header* header_ = nullptr;
+  uint64_t sequence_ = 0;  // the header's: others ask for theirs also when the caller's is gone
   const Message* message_ = nullptr;
   Watch* watch_ = nullptr;
   int64_t* met_ns_ = nullptr;
