@@ -142,8 +142,9 @@ class CudaGpu : public Gpu {
     free_block(shared);
   }
 
+  /// Where kernels carry nothing, what the check of the path has found is no trouble.
   Report report() const override {
-    if (!status_) return {};
+    if (!status_ || !why_host_.empty()) return {};
     const auto load = [](uint32_t& word) {
       return std::atomic_ref<uint32_t>(word).load(std::memory_order_acquire);
     };
