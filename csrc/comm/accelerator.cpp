@@ -59,6 +59,7 @@ void Accelerator::start(const std::shared_ptr<Core>& core) {
 }
 
 std::shared_ptr<Block> Accelerator::allocate(Core& core, size_t size_bytes, Deadline deadline) {
+  const std::unique_lock<std::mutex> used = use();
   const Exchange exchange = exchange_of(core.node, deadline);
   Arena::Segments segments;
   segments.create = [&](size_t pool_bytes) {
@@ -70,6 +71,8 @@ std::shared_ptr<Block> Accelerator::allocate(Core& core, size_t size_bytes, Dead
     return segment;
   };
   segments.drop = [&](const Segment& segment) {
+    // Its owners are done with it; what they had enqueued before may not be.
+    if (!drain(deadline, {})) throw Error(ErrorCode::timeout, "the device does not come to an end");
     cuda::Shared shared{segment.size_bytes, {}};
     for (const auto& block : segment.blocks) shared.blocks.push_back(block->data());
     gpu_->release(shared, exchange);
@@ -96,6 +99,13 @@ bool Accelerator::drain(Deadline deadline, const Interrupted& interrupted) {
   return true;
 }
 
+std::unique_lock<std::mutex> Accelerator::use() {
+  std::unique_lock used(used_);
+  const std::lock_guard lock(mutex_);
+  if (closing_) throw Error(ErrorCode::closed, "the communicator is closed");
+  return used;
+}
+
 void Accelerator::close() {
   std::lock_guard lock(mutex_);
   closing_ = true;
@@ -111,6 +121,7 @@ bool Accelerator::rest() {
 
 void Accelerator::watch(Core& core) {
   try {
+    cuda::settle(device);
     while (rest()) look(core);
     tear_down(core);
   } catch (const Error&) {
@@ -160,6 +171,7 @@ Accelerator::Stage Accelerator::stage_of(const Core& core, int peer) {
 }
 
 void Accelerator::tear_down(Core& core) {
+  const std::lock_guard used(used_);  // a collective that began before close() has ended
   while (!gpu_->idle()) {
     look(core);
     std::this_thread::sleep_for(period);

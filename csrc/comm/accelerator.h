@@ -42,6 +42,9 @@ class Accelerator {
   /// Until the device has done all that it was given, or false.
   bool drain(Deadline deadline, const Interrupted& interrupted);
 
+  /// Held by a collective while it gives the device work. Throws ErrorCode::closed after close().
+  std::unique_lock<std::mutex> use();
+
   /// No collective begins any more. What is left is freed when all ranks have come so far; nobody
   /// waits for that.
   void close();
@@ -64,6 +67,7 @@ class Accelerator {
   std::unique_ptr<char[]> own_pinned_;
   size_t own_pinned_bytes_ = 0;
 
+  std::mutex used_;   // see use(); locked before mutex_
   std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
   bool closing_ = false;

@@ -95,6 +95,7 @@ std::shared_ptr<Work> Communicator::start(Call call) {
 std::shared_ptr<Block> Communicator::allocate(size_t size_bytes, int device,
                                               const Interrupted& interrupted) {
   check_usable();
+  if (device >= 0) check_device(*core_, device);
   std::shared_ptr<Block> block;
   run_in_order(
       [&](const Interrupted& asked) { block = run_allocate(*core_, size_bytes, device, asked); },

@@ -30,7 +30,8 @@ class OnGpu {
 
   void run() {
     meet();
-    accelerator_ = &accelerator_of(core_, call_.device, Deadline::after_s(core_.options.timeout_s));
+    accelerator_ = &open();
+    const std::unique_lock<std::mutex> used = accelerator_->use();
     stream_ = call_.after ? gpu().side_stream() : call_.stream;
     if (call_.after) call_.after->hold_back(stream_);
     gpu().begin(stream_);
@@ -65,6 +66,22 @@ class OnGpu {
     }
     run_on_host(core_, meeting, work_, interrupted_);
     digest_ = meeting.header(0).digest();
+  }
+
+  /// A rank that gives up while the others set the GPU up ends their waits.
+  Accelerator& open() const {
+    const Header header = call_.header(core_.sequence.load());
+    GroupWatch watch(core_.group, header, {core_.options.warn_after_s, core_.options.timeout_s},
+                     interrupted_, core_.closing);
+    const std::function<bool()> stop = [&watch] { return watch.stop(); };
+    Deadline deadline = Deadline::after_s(core_.options.timeout_s);
+    deadline.stop = &stop;
+    try {
+      return accelerator_of(core_, call_.device, deadline);
+    } catch (const Error& error) {
+      if (error.code() == ErrorCode::resource || !watch.stop()) throw;
+      throw_failure();
+    }
   }
 
   /// Elements of the whole message, and where each rank's part of it begins.
@@ -249,8 +266,10 @@ class OnGpu {
     await();
     run_on_host(core_, host_call(data, nullptr, call_.tensors.front().input_layout.shape),
                 host_work_, interrupted_);
-    // From memory that is not pinned: it has been read when the call returns.
     gpu().copy(output_, host_work_.output.get(), host_work_.output_bytes, stream_);
+    // It is freed with this object. Where the device reads memory that is not pinned by itself, it
+    // may not have read it yet.
+    await();
   }
 
   [[noreturn]] void throw_failure() const {
@@ -274,15 +293,19 @@ class OnGpu {
 
 }  // namespace
 
-void check_on_gpu(const Core& core, const Call& call) {
+void check_device(const Core& core, int device) {
   const std::shared_ptr<Accelerator> open = core.accelerator();
-  if (open && open->device != call.device) {
-    throw Error(ErrorCode::invalid,
-                "communicator '" + core.options.name +
-                    "' works on cuda:" + std::to_string(open->device) +
-                    ", and this tensor is on cuda:" + std::to_string(call.device) +
-                    ": use one device per rank, or a communicator per device (split)");
-  }
+  if (!open || open->device == device) return;
+  throw Error(ErrorCode::invalid,
+              "communicator '" + core.options.name +
+                  "' works on cuda:" + std::to_string(open->device) +
+                  ", and this tensor is on cuda:" + std::to_string(device) +
+                  ": use one device per rank, or a communicator per device (split)");
+}
+
+void check_on_gpu(const Core& core, const Call& call) {
+  check_device(core, call.device);
+  const std::shared_ptr<Accelerator> open = core.accelerator();
   const char* input_end = nullptr;
   const char* output_end = nullptr;
   for (const Tensor& tensor : call.tensors) {
@@ -326,6 +349,7 @@ void run_on_gpu(Core& core, const Call& call, Work& work, const Interrupted& int
 }
 
 Accelerator& accelerator_of(Core& core, int device, Deadline deadline) {
+  if (Engine::on_progress_thread()) cuda::settle(device);
   if (const std::shared_ptr<Accelerator> open = core.accelerator()) return *open;
   auto opened = std::make_shared<Accelerator>(core, device, deadline);
   opened->start(core.shared_from_this());

@@ -6,6 +6,9 @@
 
 namespace ringreduce {
 
+/// Throws if the communicator works on another device, before anything is sent.
+void check_device(const Core& core, int device);
+
 /// Throws what is wrong on this rank alone, before anything is sent.
 void check_on_gpu(const Core& core, const Call& call);
 

@@ -66,6 +66,15 @@ About about() {
   return about;
 }
 
+void settle(int device) {
+  thread_local int settled = -1;
+  if (settled == device) return;
+  require(cudaSetDevice(device), "cannot use the tensor's device");  // first: others choose it
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  settled = device;
+}
+
 bool capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(as_stream(stream), &status);

@@ -24,6 +24,11 @@ struct About {
 };
 About about();
 
+/// Makes a device the calling thread's for good, which is one of this library's own: no call of it
+/// then touches another device, where each process would take half a GB, or ruins a graph that
+/// others record.
+void settle(int device);
+
 /// Whether a stream is recording a CUDA graph.
 bool capturing(void* stream);
 
