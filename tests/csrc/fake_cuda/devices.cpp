@@ -21,6 +21,8 @@ void read(const char* name, int& value) {
 
 std::mutex peers_mutex;
 std::set<std::pair<int, int>> peers_enabled;
+std::mutex contexts_mutex;
+std::set<int> contexts;  // by device
 
 }  // namespace
 
@@ -38,6 +40,16 @@ Machine& machine() {
 }
 
 int current_device() { return device_of_thread; }
+
+void make_context() {
+  const std::lock_guard lock(contexts_mutex);
+  contexts.insert(current_device());
+}
+
+bool used(int device) {
+  const std::lock_guard lock(contexts_mutex);
+  return contexts.contains(device);
+}
 
 cudaError_t note(cudaError_t error) {
   if (error != cudaSuccess && error != cudaErrorNotReady) last_error = error;
@@ -144,6 +156,7 @@ cudaError_t cudaSetDevice(int device) {
   if (const cudaError_t error = usable()) return note(error);
   if (device < 0 || device >= machine().devices) return note(cudaErrorInvalidDevice);
   device_of_thread = device;
+  make_context();  // at once, since CUDA 12
   return cudaSuccess;
 }
 

@@ -13,6 +13,7 @@ struct Machine {
   // Overridden by the environment: FAKE_CUDA_DEVICES, FAKE_CUDA_NO_PEERS, FAKE_CUDA_PROCESSORS.
   int devices = 1;
   bool peers = true;          // devices reach each other
+  bool loses_writes = false;  // ... or seem to: processes do not see what others write
   int processors = 8;         // per device; each holds one block at a time
   unsigned uuid_seed = 0;     // devices of equal seed and number have equal UUIDs
   unsigned most_threads = 8;  // blocks have no more than this, whatever the launch says
@@ -22,6 +23,9 @@ Machine& machine();
 /// Delays operations of streams by random times below this. 0: not at all. At first what
 /// FAKE_CUDA_DELAY_US says.
 void set_most_delay_us(unsigned most_us);
+
+/// Whether a thread of this process has made itself at home on a device.
+bool used(int device);
 
 /// What cudaMalloc gives and nobody has freed, in bytes, in this process.
 size_t allocated_bytes();

@@ -321,8 +321,8 @@ cudaError_t cudaIpcOpenMemHandle(void** memory, cudaIpcMemHandle_t handle, unsig
   const int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (fd < 0) return note(cudaErrorInvalidResourceHandle);
   const size_t rounded = (filled.size_bytes + page_bytes - 1) / page_bytes * page_bytes;
-  void* const mapped =
-      mmap(nullptr, page_bytes + rounded, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  void* const mapped = mmap(nullptr, page_bytes + rounded, PROT_READ | PROT_WRITE,
+                            machine().loses_writes ? MAP_PRIVATE : MAP_SHARED, fd, 0);
   close(fd);
   if (mapped == MAP_FAILED) return note(cudaErrorMapBufferObjectFailed);
   auto* const lease = static_cast<Lease*>(mapped);
@@ -337,9 +337,9 @@ cudaError_t cudaIpcOpenMemHandle(void** memory, cudaIpcMemHandle_t handle, unsig
   return cudaSuccess;
 }
 
+/// Waits for nobody: CUDA does not say that it does.
 cudaError_t cudaIpcCloseMemHandle(void* memory) {
   if (const cudaError_t error = usable()) return note(error);
-  synchronize(current_device());
   const std::lock_guard lock(mutex);
   const auto found = allocations.find(static_cast<char*>(memory));
   if (found == allocations.end() || found->second.kind != Kind::opened) {

@@ -59,6 +59,9 @@ cudaError_t allowed_in_capture();
 
 int current_device();
 
+/// Notes that the calling thread has a context on its device from now on.
+void make_context();
+
 /// Enqueues; or records, if the stream is being captured. `stream` as users write it.
 cudaError_t put(cudaStream_t stream, Operation operation);
 

@@ -384,6 +384,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  make_context();
   std::swap(*mode, thread_mode);
   return cudaSuccess;
 }
