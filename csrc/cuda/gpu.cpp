@@ -52,6 +52,13 @@ std::string first_trouble(const Exchange& exchange, const std::string& mine) {
   return "";
 }
 
+/// Handles of streams that are gone come back; and one stands for a stream of each thread.
+unsigned long long id_of(void* stream) {
+  unsigned long long id = 0;
+  require(cudaStreamGetId(as_stream(stream), &id), "no such stream");
+  return id;
+}
+
 /// What `attempt` throws, as text.
 template <class Attempt>
 std::string trouble_of(Attempt attempt) {
@@ -79,8 +86,9 @@ class CudaGpu : public Gpu {
   void* side_stream() override { return side_stream_; }
 
   void begin(void* stream) override {
-    if (stream == last_stream_ || !last_event_ || capturing(stream)) return;
+    if (!last_event_ || capturing(stream)) return;
     const OnDevice on(options_.device);
+    if (id_of(stream) == last_stream_) return;
     require(cudaStreamWaitEvent(as_stream(stream), last_event_, 0), "a stream cannot wait");
   }
 
@@ -92,7 +100,7 @@ class CudaGpu : public Gpu {
       require(cudaEventCreateWithFlags(&last_event_, cudaEventDisableTiming), "no event");
     }
     require(cudaEventRecord(last_event_, as_stream(stream)), "cannot record an event");
-    last_stream_ = stream;
+    last_stream_ = id_of(stream);
   }
 
   void launch(Kernel kernel, DeviceCall& call, void* stream) override {
@@ -364,7 +372,7 @@ class CudaGpu : public Gpu {
   Status* status_ = nullptr;         // as the host sees it
   Status* device_status_ = nullptr;  // as the device does
   cudaStream_t side_stream_ = nullptr;
-  void* last_stream_ = nullptr;  // where the last call was enqueued, and when it ends
+  unsigned long long last_stream_ = 0;  // where the last call was enqueued, and when it ends
   cudaEvent_t last_event_ = nullptr;
 };
 

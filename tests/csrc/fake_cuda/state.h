@@ -72,6 +72,7 @@ void synchronize(int device);
 
 struct CUstream_st {
   int device = 0;
+  unsigned id = 0;  // no other stream's, ever
   bool blocking = true;
   bool closing = false;
   std::shared_ptr<fake_cuda::Progress> progress = std::make_shared<fake_cuda::Progress>();

@@ -49,7 +49,8 @@ CUstream_st* new_stream(int device, bool blocking) {
   auto* const stream = new CUstream_st;
   stream->device = device;
   stream->blocking = blocking;
-  stream->worker = std::thread(work, stream, ++seed);
+  stream->id = ++seed;
+  stream->worker = std::thread(work, stream, stream->id);
   state().streams.insert(stream);
   return stream;
 }
@@ -247,6 +248,14 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
   if (!found) return note(cudaErrorInvalidResourceHandle);
   if (const cudaError_t error = allowed_locked()) return note(error);
   return found->progress->done == found->progress->enqueued ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  const std::lock_guard lock(state().mutex);
+  CUstream_st* const found = find(stream);
+  if (!found) return note(cudaErrorInvalidResourceHandle);
+  *id = found->id;
+  return cudaSuccess;
 }
 
 cudaError_t cudaStreamGetDevice(cudaStream_t stream, int* device) {
