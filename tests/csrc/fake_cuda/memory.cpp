@@ -38,7 +38,8 @@ struct Handle {
 static_assert(sizeof(Handle) <= sizeof(cudaIpcMemHandle_t));
 
 std::mutex mutex;
-std::map<char*, Allocation> allocations;  // by first byte
+// By first byte. Leaked: threads may come here while the process ends.
+auto& allocations = *new std::map<char*, Allocation>;
 
 using Found = std::map<char*, Allocation>::iterator;
 
