@@ -201,7 +201,8 @@ def test_units_of(sources: Sequence[Path], sanitizer: Sequence[str]) -> list[Uni
     for source in sources:
         knows_cuda = is_of_cuda(source) or "tests" in source.parts
         # g++ does not see that loops which nvcc unrolls leave nothing unset.
-        quiet = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-array-bounds"]
+        alarms = ("unknown-pragmas", "uninitialized", "maybe-uninitialized", "array-bounds")
+        quiet = [f"-Wno-{alarm}" for alarm in alarms]
         language = ["-x", "c++", *quiet] if source.suffix == ".cu" else []
         commands = [[*fake, *language]] if knows_cuda else commands_of(source, None)
         units += [(source, [*command, *sanitizer]) for command in commands]
