@@ -41,7 +41,11 @@ class LifeThread {
     std::unique_lock lock(state_);
     for (;;) {
       changed_.wait(lock, [this] { return action_ != nullptr; });
-      result_ = action_(mutex_);
+      // Callers come one at a time, so nobody changes these meanwhile.
+      lock.unlock();
+      const int result = action_(mutex_);
+      lock.lock();
+      result_ = result;
       action_ = nullptr;
       changed_.notify_all();
     }
