@@ -105,6 +105,7 @@ def run_and_signal(mpirun, notes, script, number, whom):
     done = mpirun(notes.size, RANK + script, env=notes.environment)
     ended_s = time.monotonic()
     sender.join()
+    assert sent, f"the job ended before it was at work:\n{done.stdout}{done.stderr}"
     return done, sent[0], ended_s
 
 
