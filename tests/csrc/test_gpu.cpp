@@ -162,6 +162,29 @@ void wrong_use(Rank& self) {
   self.run(on(device, Kind::allreduce, data, data, {100}));
 }
 
+/// What a rank's stream records, to be replayed on it.
+class Graph {
+ public:
+  Graph(Device& device, const std::function<void()>& record) : stream_(device.stream()) {
+    require_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    record();
+    require_cuda(cudaStreamEndCapture(stream_, &graph_));
+    require_cuda(cudaGraphInstantiate(&executable_, graph_, 0));
+  }
+  ~Graph() {
+    require_cuda(cudaGraphExecDestroy(executable_));
+    require_cuda(cudaGraphDestroy(graph_));
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch() { require_cuda(cudaGraphLaunch(executable_, stream_)); }
+
+ private:
+  cudaStream_t stream_;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 /// A graph of several calls, replayed with new values.
 void replays(Rank& self) {
   Device device;
@@ -170,21 +193,16 @@ void replays(Rank& self) {
   self.run(on(device, Kind::allreduce, data, data, {length(count)}));
   device.synchronize();
   self.barrier();
-  require_cuda(cudaStreamBeginCapture(device.stream(), cudaStreamCaptureModeThreadLocal));
-  self.run(on(device, Kind::allreduce, data, data, {length(count)}));
-  self.start(on(device, Kind::allreduce, data, data, {100}, Op::max));
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  require_cuda(cudaStreamEndCapture(device.stream(), &graph));
-  require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+  Graph graph(device, [&] {
+    self.run(on(device, Kind::allreduce, data, data, {length(count)}));
+    self.start(on(device, Kind::allreduce, data, data, {100}, Op::max));
+  });
   for (int salt = 0; salt < 5; ++salt) {
     device.put(data, input_of<float>(self.rank, count, salt));
     self.dawdle();
-    require_cuda(cudaGraphLaunch(executable, device.stream()));
+    graph.launch();
     require_on_device(device, data, reduced<float>(Op::sum, self.size, count, salt), "a replay");
   }
-  require_cuda(cudaGraphExecDestroy(executable));
-  require_cuda(cudaGraphDestroy(graph));
 }
 
 /// Rank 0 gives up while the kernels of the others wait for its: they leave, and their hosts say
@@ -195,24 +213,17 @@ void abandoned(Rank& self) {
   const size_t count = 3000;
   float* const data = device.copy_of(input_of<float>(self.rank, count, 0));
   self.run(on(device, Kind::allreduce, data, data, {length(count)}));
-  require_cuda(cudaStreamBeginCapture(device.stream(), cudaStreamCaptureModeThreadLocal));
-  self.run(on(device, Kind::allreduce, data, data, {length(count)}));
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  require_cuda(cudaStreamEndCapture(device.stream(), &graph));
-  require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+  Graph graph(device, [&] { self.run(on(device, Kind::allreduce, data, data, {length(count)})); });
   self.barrier();
   if (self.rank == 0) {
     self.comm->abort("rank 0 has had enough");
   } else {
-    require_cuda(cudaGraphLaunch(executable, device.stream()));
+    graph.launch();
     device.synchronize();
     const std::string text = error_of(ErrorCode::peer_failed, [&] { self.comm->check(); });
     require_in("rank 0 has had enough", text);
     error_of(ErrorCode::peer_failed, [&] { self.barrier(); });
   }
-  require_cuda(cudaGraphExecDestroy(executable));
-  require_cuda(cudaGraphDestroy(graph));
 }
 
 /// The same, but rank 0 leaves in good order.
@@ -222,22 +233,15 @@ void departed(Rank& self) {
   float* const data = device.copy_of(input_of<float>(self.rank, 3000, 0));
   self.run(on(device, Kind::allreduce, data, data, {3000}));
   device.synchronize();
-  require_cuda(cudaStreamBeginCapture(device.stream(), cudaStreamCaptureModeThreadLocal));
-  self.run(on(device, Kind::allreduce, data, data, {3000}));
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  require_cuda(cudaStreamEndCapture(device.stream(), &graph));
-  require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+  Graph graph(device, [&] { self.run(on(device, Kind::allreduce, data, data, {3000})); });
   if (self.rank == 0) {
     self.comm->close();
   } else {
-    require_cuda(cudaGraphLaunch(executable, device.stream()));
+    graph.launch();
     device.synchronize();
     require_in("exited while a kernel waits",
                error_of(ErrorCode::peer_failed, [&] { self.comm->check(); }));
   }
-  require_cuda(cudaGraphExecDestroy(executable));
-  require_cuda(cudaGraphDestroy(graph));
 }
 
 void run_threads(int size) {
@@ -267,15 +271,10 @@ void killed(Rank& self) {
   Device device;
   float* const data = device.copy_of(input_of<float>(self.rank, 3000, 0));
   self.run(on(device, Kind::allreduce, data, data, {3000}));
-  require_cuda(cudaStreamBeginCapture(device.stream(), cudaStreamCaptureModeThreadLocal));
-  self.run(on(device, Kind::allreduce, data, data, {3000}));
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  require_cuda(cudaStreamEndCapture(device.stream(), &graph));
-  require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+  Graph graph(device, [&] { self.run(on(device, Kind::allreduce, data, data, {3000})); });
   self.barrier();
   if (self.rank == 1) raise(SIGKILL);
-  require_cuda(cudaGraphLaunch(executable, device.stream()));
+  graph.launch();
   device.synchronize();
   const std::string text = error_of(ErrorCode::peer_failed, [&] { self.comm->check(); });
   require_in("rank 1", text);
