@@ -34,7 +34,7 @@ struct Status {
   uint32_t abort;  // not 0: every kernel leaves, and moves no more data
 
   // Written by kernels, both at once. After a timeout, or an abort that a kernel has seen, kernels
-  // move no more data. A mismatch harms only its own call: the host sets it back to 0.
+  // move no more data. A mismatch harms only its own call; the host may go on.
   alignas(8) uint32_t trouble;  // a Trouble
   uint32_t peer;                // rank that did not come, or came with something else
 
