@@ -8,7 +8,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/front.h"
-#include "reduce/copy.h"
+#include "reduce/lines.h"
 
 namespace nb = nanobind;
 

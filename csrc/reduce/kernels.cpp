@@ -24,6 +24,7 @@
 #include "base/op.h"
 #include "reduce/elements.h"
 #include "reduce/isa.h"
+#include "reduce/lines.h"
 #include "reduce/reduce.h"
 
 namespace ringreduce {
@@ -199,6 +200,16 @@ void finish(void* to, const void* value, int divisor, size_t length) {
   }
 }
 
+// Takes the lines of sources that have been read.
+template <class Stored>
+void take_read(const Source* sources, size_t num_sources, size_t begin, size_t end) {
+  for (size_t s = 0; s < num_sources; ++s) {
+    if (!sources[s].take) continue;
+    const char* const first = block_of<Stored>(sources[s], begin);
+    take(first, static_cast<size_t>(block_of<Stored>(sources[s], end) - first));
+  }
+}
+
 // Takes value[0, length) to elements [begin, begin + length) of all targets. `value` may be that
 // piece of the first target, so those that want it unfinished are served first.
 template <class Stored>
@@ -237,6 +248,7 @@ void blocks(const Reduction& reduction, const Target* targets, size_t num_target
     void* const value = in_target ? block_of<Stored>(targets[0], begin) : space;
     fold<Stored, Operation>(value, sources, num_sources, begin, length);
     deliver<Stored>(value, divisor_of(reduction), targets, num_targets, begin, length);
+    take_read<Stored>(sources, num_sources, begin, begin + length);
   }
 }
 
@@ -255,13 +267,19 @@ struct Streams<T, into_one, Finish, std::integer_sequence<int, n...>> {
 template <class T, class Finish>
 void stream(const Target* targets, size_t num_targets, const Source* sources, size_t num_sources,
             size_t count, Finish finish) {
-  void* to[max_rest<Sum> + 1];
-  const void* from[max_rest<Sum> + 1];
-  for (size_t t = 0; t < num_targets; ++t) to[t] = targets[t].data;
-  for (size_t s = 0; s < num_sources; ++s) from[s] = sources[s].data;
   Loop<Finish>* const loop = num_targets == 1 ? Streams<T, true, Finish>::loop[num_sources - 1]
                                               : Streams<T, false, Finish>::loop[num_sources - 1];
-  loop(to, from[0], from + 1, count, finish);
+  constexpr size_t piece = taken_bytes / sizeof(T);
+  for (size_t begin = 0; begin < count; begin += piece) {
+    const size_t rest = count - begin;
+    const size_t length = rest < piece ? rest : piece;
+    void* to[max_rest<Sum> + 1] = {};
+    const void* from[max_rest<Sum> + 1] = {};
+    for (size_t t = 0; t < num_targets; ++t) to[t] = block_of<T>(targets[t], begin);
+    for (size_t s = 0; s < num_sources; ++s) from[s] = block_of<T>(sources[s], begin);
+    loop(to, from[0], from + 1, length, finish);
+    take_read<T>(sources, num_sources, begin, begin + length);
+  }
 }
 
 // Sum and avg of floats.

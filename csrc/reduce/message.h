@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/chunk.h"
+#include "reduce/lines.h"
 #include "reduce/reduce.h"
 
 namespace ringreduce {
@@ -50,10 +51,15 @@ struct Message {
     });
   }
 
-  /// Scatters finished data to the chunk's outputs.
-  void copy_out(Chunk chunk, const char* from) const {
+  /// Scatters finished data to the chunk's outputs; `taking`: as copy_and_take().
+  void copy_out(Chunk chunk, const char* from, bool taking = false) const {
     for_each_run(outputs, chunk, [&](char* data, Chunk part) {
-      std::memcpy(data, from + (part.offset - chunk.offset) * item_bytes, part.length * item_bytes);
+      const char* const begin = from + (part.offset - chunk.offset) * item_bytes;
+      if (taking) {
+        copy_and_take(data, begin, part.length * item_bytes);
+      } else {
+        std::memcpy(data, begin, part.length * item_bytes);
+      }
     });
   }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "reduce/isa.h"
+#include "reduce/lines.h"
 
 namespace ringreduce {
 namespace {
@@ -73,6 +74,7 @@ void reduce_with(const Isa& isa, const Reduction& reduction, std::span<const Tar
     for (const Target& target : targets) {
       if (target.data != sources[0].data) memcpy(target.data, sources[0].data, size_bytes);
     }
+    if (sources[0].take) take(sources[0].data, size_bytes);
     return;
   }
   const KernelRow& row = isa.kernels->of_dtype[static_cast<size_t>(reduction.dtype)];

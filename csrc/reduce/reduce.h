@@ -25,6 +25,8 @@ constexpr size_t size_of(Dtype dtype, Format format) {
 struct Source {
   const void* data;
   Format format;
+  /// The bytes are not needed any more, and only their writer comes back to them: see take().
+  bool take = false;
 };
 
 struct Target {
@@ -50,7 +52,8 @@ struct Reduction {
 //   nor the CPU (a NaN's sign and payload excepted).
 //
 // At least one source; supports(op, dtype) must hold. Any alignment. A target may be exactly one of
-// the sources (same address, same element size); any other overlap is undefined. Does not throw.
+// the sources (same address, same element size) that is not to be taken; any other overlap is
+// undefined. Does not throw.
 void reduce(const Reduction& reduction, std::span<const Target> targets,
             std::span<const Source> sources, size_t count);
 

@@ -1,13 +1,6 @@
 #include "shm/staged.h"
 
-#include <algorithm>
-
 namespace ringreduce {
-namespace {
-
-constexpr size_t streamed_bytes = size_t{16} << 10;  // reduced, then streamed from the cache
-
-}  // namespace
 
 Staged::Staged(Window& window, Phases phases, const Blocks& blocks)
     : window_(window), phases_(phases), blocks_(blocks) {
@@ -18,11 +11,10 @@ Staged::Staged(Window& window, Phases phases, const Blocks& blocks)
   if (rounds_ == 0) return;
   chunk_ = ((blocks.largest() + rounds_ - 1) / rounds_ + line - 1) / line * line;
   rounds_ = blocks.rounds(chunk_);
-  slot_bytes_ = chunk_ * item_bytes * static_cast<size_t>(blocks.size());
 }
 
 char* Staged::contribution(int rank, size_t round, int block) const {
-  return window_.staging_.block(rank) + window_.ring_.offset(slot_bytes_, round) +
+  return window_.slot(rank, round) +
          static_cast<size_t>(block) * chunk_ * window_.message_->item_bytes;
 }
 
@@ -34,25 +26,17 @@ void Staged::prepare_early() {
   early_ = true;
 }
 
-void Staged::copy_in(Chunk chunk, char* to) {
-  const Message& message = *window_.message_;
-  message.for_each_run(message.inputs, chunk, [&](const char* input, Chunk part) {
-    window_.store_.copy(to + (part.offset - chunk.offset) * message.item_bytes, input,
-                        part.length * message.item_bytes);
-  });
-}
-
 /// My contributions to the blocks of others, or my own finished block. Where slices are claimed,
 /// anybody may reduce my block, so my contribution to it goes in, too.
 void Staged::copy_round(size_t round) {
   const Group& group = window_.group_;
   if (!reduces()) {
-    copy_in(part(group.rank(), round), result(group.rank(), round));
+    window_.message_->copy_in(part(group.rank(), round), result(group.rank(), round));
     return;
   }
   for (int block = 0; block < group.size(); ++block) {
     if (block == group.rank() && !group.claims()) continue;
-    copy_in(part(block, round), contribution(group.rank(), round, block));
+    window_.message_->copy_in(part(block, round), contribution(group.rank(), round, block));
   }
 }
 
@@ -95,32 +79,25 @@ void Staged::combine(size_t round) {
 }
 
 /// Reduces this rank's block from the peers' staging and its own input to its own output, and to
-/// its result area if others want it: in one pass, or, where a plain store to that area is dear, by
-/// a copy of what is still in the first-level cache.
+/// its result area if others want it.
 void Staged::combine_owned(size_t round) {
   const Message& message = *window_.message_;
   const Group& group = window_.group_;
   const Chunk mine = part(group.rank(), round);
   std::vector<Source>& sources = window_.sources_;
-  const bool streams = gathers() && window_.store_.streams();
-  const size_t step = streams ? streamed_bytes / message.item_bytes : mine.length;
-  char* const shared = result(group.rank(), round);
   message.for_each_pair(mine, [&](char* input, char* output, Chunk piece) {
-    for (size_t begin = 0; begin < piece.length; begin += step) {
-      const size_t length = std::min(step, piece.length - begin);
-      const size_t offset_bytes = (piece.offset + begin - mine.offset) * message.item_bytes;
-      for (int peer = 0; peer < group.size(); ++peer) {
-        const char* from = peer == group.rank()
-                               ? input + begin * message.item_bytes
-                               : contribution(peer, round, group.rank()) + offset_bytes;
-        sources[static_cast<size_t>(peer)] = {from, Format::storage};
-      }
-      char* const own = output + begin * message.item_bytes;
-      const Target targets[] = {{own, Format::storage}, {shared + offset_bytes, Format::storage}};
-      const size_t num_targets = gathers() && !streams ? 2 : 1;
-      reduce(message.reduction, {targets, num_targets}, sources, length);
-      if (streams) stream_copy(shared + offset_bytes, own, length * message.item_bytes);
+    const size_t offset_bytes = (piece.offset - mine.offset) * message.item_bytes;
+    for (int peer = 0; peer < group.size(); ++peer) {
+      Source& source = sources[static_cast<size_t>(peer)];
+      source = {input, Format::storage};
+      if (peer == group.rank()) continue;
+      source = {contribution(peer, round, group.rank()) + offset_bytes, Format::storage, true};
     }
+    const Target targets[] = {
+        {output, Format::storage},
+        {result(group.rank(), round) + offset_bytes, Format::storage},
+    };
+    reduce(message.reduction, {targets, gathers() ? size_t{2} : size_t{1}}, sources, piece.length);
   });
 }
 
@@ -145,7 +122,8 @@ void Staged::combine_alone() {
 void Staged::combine_block(int block, size_t round) {
   std::vector<Source>& sources = window_.sources_;
   for (int peer = 0; peer < window_.group_.size(); ++peer) {
-    sources[static_cast<size_t>(peer)] = {contribution(peer, round, block), Format::storage};
+    sources[static_cast<size_t>(peer)] = {contribution(peer, round, block), Format::storage,
+                                          peer != block};
   }
   const Target target{result(block, round), Format::storage};
   reduce(window_.message_->reduction, {&target, 1}, sources, part(block, round).length);
@@ -163,7 +141,8 @@ void Staged::collect(size_t round) {
     if (owner_combines && !window_.wait_for(group.control(block).combined, number(round) + 1))
       return;
     if (window_.stopped_) return;
-    window_.message_->copy_out(part(block, round), result(block, round));
+    const bool only_reader = group.size() == 2 && !claimed;
+    window_.message_->copy_out(part(block, round), result(block, round), only_reader);
   }
 }
 

@@ -1,13 +1,13 @@
 // Tensors in private memory, staged through the window in rounds: the phases of two_shot.h's
 // staged_rounds, for reduce_scatter, allgather, and both.
 //
-// Every round has a slot in the staging ring of each rank: an area per block, for this rank's
-// contribution to it, and in the area of its own block the result, in place of what it contributed.
-// Who may write it, without waiting for anybody: with `lead` rounds between two phases, a rank that
-// prepares round r has combined round r - 1 - lead, so all ranks had prepared that one, and so had
-// left round r - 2 - 3 lead behind in every phase. At most 3 lead + 1 slots before it are in use,
-// also from one collective to the next, and the ring keeps these apart (staging_ring.h). Two
-// counters per rank are enough: prepared and combined.
+// Every round has a slot in the staging memory of each rank, in turn: an area per block, for this
+// rank's contribution to it, and in the area of its own block the result, in place of what it
+// contributed. Who may write it, without waiting for anybody: with `lead` rounds between two
+// phases, a rank that prepares round r has combined round r - 1 - lead, so all ranks had prepared
+// that one, and so had left round r - 2 - 3 lead behind in every phase. So 3 lead + 2 slots will
+// do, also from one collective to the next. Two counters per rank are enough: prepared and
+// combined.
 #pragma once
 
 #include "shm/window.h"
@@ -40,7 +40,7 @@ class Staged {
   /// After the last round.
   void finish() {
     window_.next_round_ += rounds_;
-    window_.ring_.advance(slot_bytes_, rounds_);
+    window_.next_slot_ += rounds_;
   }
 
  private:
@@ -52,7 +52,6 @@ class Staged {
   char* contribution(int rank, size_t round, int block) const;
   char* result(int rank, size_t round) const { return contribution(rank, round, rank); }
   Meeting& meeting(size_t round) const;
-  void copy_in(Chunk chunk, char* to);
   void copy_round(size_t round);
   bool wait_prepared(size_t round);
   void combine_owned(size_t round);
@@ -62,7 +61,7 @@ class Staged {
   Window& window_;
   Phases phases_;
   Blocks blocks_;
-  size_t rounds_ = 0, chunk_ = 0, slot_bytes_ = 0;
+  size_t rounds_ = 0, chunk_ = 0;
   bool early_ = false, first_round_met_ = false, first_round_combined_ = false;
 };
 

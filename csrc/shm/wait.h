@@ -36,16 +36,6 @@ inline void cpu_pause() {
 #endif
 }
 
-/// Fetches a line that this rank will write soon and that others have read: so the write need not
-/// wait for them to give it up. Only a hint.
-inline void expect_write(const void* line) {
-#if defined(__x86_64__)
-  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(line)));
-#else
-  __builtin_prefetch(line, 1);
-#endif
-}
-
 /// False if the watch stopped the wait before `value` was reached.
 bool wait_slowly(Flag& flag, uint64_t value, Patience patience, Watch& watch);
 

@@ -3,32 +3,29 @@
 #include <algorithm>
 
 #include "base/deadline.h"
+#include "reduce/lines.h"
 
 namespace ringreduce {
 namespace {
 
-// What a rank's staging memory holds, at most. A ring small enough for the L2 cache is slow where
-// each rank has a core: a line that a peer still holds is the dearest to write. One much larger
-// goes through the whole of the L3: with two ranks and 128 KB a chunk 1.25 MB beat 2, 4 and 8 MB
-// from 4 MB on (AMD Zen 4, 2 cores with 1 MB of L2 each); there it is 1.5 MB. Ranks that share
-// cores share the L3, too, and find their own lines in the core: with 8 ranks on 2 cores 0.75 MB
-// beat 4 MB by 1.4 at 1 MB and by 1.25 at 25 MB, in spite of five times the rounds; with 3 and 4
-// ranks by 1.1.
-constexpr size_t staging_ring_bytes = size_t{4} << 20;
-constexpr size_t claimed_ring_bytes = size_t{768} << 10;
-constexpr size_t largest_chunk_bytes = size_t{128} << 10;
+// What a rank's staging memory holds, at most. Two slots are used by turns, the sooner the better:
+// lines that were just taken (lines.h) are still in the caches of those who need them. With two
+// ranks, chunks of 192 KB to 512 KB are equally fast from 1 MB on (AMD Zen 4, 1 MB of L2 per core).
+// Ranks that share cores have its caches in common: with 8 ranks on 2 cores 0.75 MB beat 0.4 and
+// 3 MB.
+constexpr size_t owned_staging_bytes = size_t{4} << 20;
+constexpr size_t claimed_staging_bytes = size_t{768} << 10;
+constexpr size_t largest_chunk_bytes = size_t{256} << 10;
 
 // A slot is written while the 3 lead + 1 before it may be in use (staged.h).
-constexpr size_t ring_slots = 3 * staged_lead + 3;
-static_assert(3 * staged_lead + 2 <= max_staged_rounds);
+constexpr size_t num_slots = 3 * staged_lead + 2;
+static_assert(num_slots <= max_staged_rounds);
 
 size_t chunk_bytes_for(const Group& group) {
-  const size_t areas = ring_slots * static_cast<size_t>(group.size());
+  const size_t areas = num_slots * static_cast<size_t>(group.size());
   return std::min(largest_chunk_bytes,
                   Window::staging_bytes(group) / areas / line_bytes * line_bytes);
 }
-
-size_t lines(size_t bytes) { return (bytes + line_bytes - 1) / line_bytes * line_bytes; }
 
 // What a rank takes at a time from a symmetric message; the same on all ranks.
 constexpr size_t slice_bytes = size_t{64} << 10;
@@ -38,15 +35,14 @@ constexpr uint32_t verdict_go = 0, verdict_mismatch = 1;
 }  // namespace
 
 size_t Window::staging_bytes(const Group& group) {
-  return group.claims() ? claimed_ring_bytes : staging_ring_bytes;
+  return group.claims() ? claimed_staging_bytes : owned_staging_bytes;
 }
 
 Window::Window(Group& group, Segment staging)
     : group_(group),
       staging_(std::move(staging)),
       chunk_bytes_(chunk_bytes_for(group)),
-      ring_(std::max(chunk_bytes_ * static_cast<size_t>(group.size()), largest_share_bytes),
-            ring_slots),
+      slot_bytes_(std::max(chunk_bytes_ * static_cast<size_t>(group.size()), largest_share_bytes)),
       sources_(static_cast<size_t>(group.size())),
       targets_(sources_.size()),
       symmetric_inputs_(sources_.size()),
@@ -131,27 +127,34 @@ bool Window::all_agree() const {
   return true;
 }
 
+/// The index-th of the slots to come.
+char* Window::slot(int rank, size_t index) const {
+  return staging_.block(rank) + (next_slot_ + index) % num_slots * slot_bytes_;
+}
+
 char* Window::share(int rank, size_t bytes) const {
-  if (bytes <= Arrival::inline_bytes) return arrival_of(rank).payload;
-  return staging_.block(rank) + ring_.offset(lines(bytes), 0);
+  return bytes <= Arrival::inline_bytes ? arrival_of(rank).payload : slot(rank, 0);
 }
 
 /// Before this rank arrives, peers may still read what it left in the collective before this one,
-/// and that lies elsewhere in the ring.
+/// and that lies in another slot.
 void Window::share_input(Chunk chunk) {
-  char* const to = share(group_.rank(), chunk.length * message_->item_bytes);
-  message_->for_each_run(message_->inputs, chunk, [&](const char* input, Chunk part) {
-    store_.copy(to + (part.offset - chunk.offset) * message_->item_bytes, input,
-                part.length * message_->item_bytes);
-  });
+  message_->copy_in(chunk, share(group_.rank(), chunk.length * message_->item_bytes));
 }
 
+/// A rank's own input comes from where it lies: so of two ranks each is the only one that reads the
+/// other's share. (A payload in the line of the arrival is another matter: its writer asks for that
+/// line in time.)
 void Window::reduce_to_self(Chunk chunk) {
   const size_t bytes = chunk.length * message_->item_bytes;
-  message_->for_each_run(message_->outputs, chunk, [&](char* output, Chunk part) {
+  const bool only_reader = group_.size() == 2 && bytes > Arrival::inline_bytes;
+  message_->for_each_pair(chunk, [&](char* input, char* output, Chunk part) {
     const size_t offset_bytes = (part.offset - chunk.offset) * message_->item_bytes;
     for (int peer = 0; peer < group_.size(); ++peer) {
-      sources_[static_cast<size_t>(peer)] = {share(peer, bytes) + offset_bytes, Format::storage};
+      Source& source = sources_[static_cast<size_t>(peer)];
+      source = {input, Format::storage};
+      if (peer == group_.rank()) continue;
+      source = {share(peer, bytes) + offset_bytes, Format::storage, only_reader};
     }
     const Target target{output, Format::storage};
     reduce(message_->reduction, {&target, 1}, sources_, part.length);
@@ -160,7 +163,7 @@ void Window::reduce_to_self(Chunk chunk) {
 }
 
 void Window::end_share(size_t bytes) {
-  if (bytes > Arrival::inline_bytes) ring_.advance(lines(bytes), 1);
+  if (bytes > Arrival::inline_bytes) ++next_slot_;
 }
 
 void Window::reduce_shares(const Reduction& reduction, size_t count, const Target& target) {

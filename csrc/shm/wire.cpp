@@ -105,7 +105,7 @@ void ShmWire::recv_reduce_send(Peers from, Peers to, Chunk chunk) {
     Target targets[2];
     size_t num_sources = 0, num_targets = 0;
     for (const Peer& peer : from) {
-      sources[num_sources++] = {find(incoming_, peer).slot() + offset_bytes, Format::partial};
+      sources[num_sources++] = {find(incoming_, peer).slot() + offset_bytes, Format::partial, true};
     }
     sources[num_sources++] = {input, message.input_format};
     for (const Peer& peer : to) {
@@ -127,7 +127,7 @@ void ShmWire::recv_reduce_copy_send(Peers from, Peers to, Chunk chunk) {
     size_t num_sources = 0, num_targets = 1;
     for (const Peer& peer : from) {
       sources[num_sources++] = {find(incoming_, peer).slot() + offset * partial_bytes,
-                                Format::partial};
+                                Format::partial, true};
     }
     sources[num_sources++] = {input, message.input_format};
     for (const Peer& peer : to) {
@@ -142,10 +142,10 @@ void ShmWire::recv_reduce_copy_send(Peers from, Peers to, Chunk chunk) {
 void ShmWire::recv_copy_send(Peers from, Peers to, Chunk chunk) {
   if (chunk.empty() || !wait_for(from, to)) return;
   const char* received = find(incoming_, *from.begin()).slot();
-  message_->copy_out(chunk, received);
   for (const Peer& peer : to) {
     std::memcpy(find(outgoing_, peer).slot(), received, chunk.length * message_->item_bytes);
   }
+  message_->copy_out(chunk, received, /*taking=*/true);
   advance(from, to);
 }
 

@@ -20,6 +20,7 @@
 
 #include "base/half.h"
 #include "reduce/isa.h"
+#include "reduce/lines.h"
 #include "reduce/reduce.h"
 #include "reduce_model.h"
 
@@ -201,7 +202,10 @@ class Case {
       if (kind.alias[t] < 0) arrays.push_back(new_array(kind.formats[t]));
     }
     std::vector<Source> sources;
-    for (size_t s = 0; s < formats_.size(); ++s) sources.push_back({arrays[s].data(), formats_[s]});
+    for (size_t s = 0; s < formats_.size(); ++s) {
+      const bool is_target = std::find(written.begin(), written.end(), s) != written.end();
+      sources.push_back({arrays[s].data(), formats_[s], !is_target && random_() % 2});
+    }
     std::vector<Target> targets;
     for (size_t t = 0; t < written.size(); ++t) {
       targets.push_back({arrays[written[t]].data(), kind.formats[t]});
@@ -212,7 +216,11 @@ class Case {
     }
     for (size_t s = 0; s < formats_.size(); ++s) {
       const bool is_target = std::find(written.begin(), written.end(), s) != written.end();
-      if (!is_target && !(arrays[s] == sources_[s])) report("a source changed", s, 0, kind, isa);
+      if (sources[s].take) {
+        check_taken(arrays[s], s, kind, isa);
+      } else if (!is_target && !(arrays[s] == sources_[s])) {
+        report("a source changed", s, 0, kind, isa);
+      }
     }
   }
 
@@ -223,6 +231,16 @@ class Case {
                             ? D::same(array.get<typename D::Stored>(i), results_[i])
                             : D::same(array.get<typename D::Partial>(i), partials_[i]);
       if (!good) return report("wrong value, target", t, i, kind, isa);
+    }
+  }
+
+  /// A byte of every line was written, and none outside.
+  void check_taken(const Array& array, size_t s, const Targets& kind, const Isa& isa) {
+    if (!array.guards_intact()) report("a byte outside was taken, source", s, 0, kind, isa);
+    const uint8_t* const data = array.data();
+    const size_t size_bytes = count_ * size_of(reduction_.dtype, formats_[s]);
+    for (size_t at = 0; at < size_bytes; at += cache_line_bytes) {
+      if (data[at] != 0) return report("a line was not taken, source", s, at, kind, isa);
     }
   }
 

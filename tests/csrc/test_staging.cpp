@@ -13,7 +13,6 @@
 
 #include "algorithms/one_shot.h"
 #include "algorithms/two_shot.h"
-#include "shm/staging_ring.h"
 #include "sim/staged.h"
 #include "sim/window.h"
 
@@ -234,34 +233,6 @@ void test_less_is_found_out() {
   }
 }
 
-// ---- Where slots lie
-
-/// Calls with slots of any size, each of as many rounds as it likes: a slot shares no byte with the
-/// slots that may be in use when it is written, and lies within the ring.
-void test_slots_are_apart() {
-  constexpr size_t largest = 1024, line = 128;
-  for (const size_t slots : {3, 6, 9}) {
-    Random random(slots);
-    StagingRing ring(largest, slots);
-    std::vector<Chunk> used;
-    for (int call = 0; call < 3000; ++call) {
-      const size_t slot_bytes = line * (1 + random.below(largest / line));
-      const size_t rounds = random.below(2 * slots);
-      for (size_t round = 0; round < rounds; ++round) {
-        const Chunk slot{ring.offset(slot_bytes, round), slot_bytes};
-        bool apart = slot.end() <= ring.size_bytes();
-        for (size_t back = 1; back <= std::min(slots - 2, used.size()); ++back) {
-          const Chunk other = used[used.size() - back];
-          apart &= slot.end() <= other.offset || other.end() <= slot.offset;
-        }
-        check(apart, "slots overlap in a ring of " + std::to_string(slots));
-        used.push_back(slot);
-      }
-      ring.advance(slot_bytes, rounds);
-    }
-  }
-}
-
 // ---- One shot
 
 /// Several calls in a row, their inputs in `places` by turns.
@@ -321,7 +292,6 @@ void test_all() {
   test_every_order();
   test_safe_depth_is_safe();
   test_less_is_found_out();
-  test_slots_are_apart();
   test_one_shot_needs_two_places();
   test_mismatch();
 }

@@ -1,4 +1,4 @@
-#include "reduce/copy.h"
+#include "reduce/lines.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -9,10 +9,21 @@
 #endif
 
 namespace ringreduce {
+
+void copy_and_take(void* to, const void* from, size_t bytes) {
+  auto* target = static_cast<char*>(to);
+  const auto* source = static_cast<const char*>(from);
+  for (size_t at = 0; at < bytes; at += taken_bytes) {
+    const size_t length = std::min(taken_bytes, bytes - at);
+    std::memcpy(target + at, source + at, length);
+    take(source + at, length);
+  }
+}
+
 #ifdef __SSE2__
 
 void copy_past_caches(void* to, const void* from, size_t bytes) {
-  constexpr size_t line = 64, ahead = 1024;
+  constexpr size_t line = cache_line_bytes, ahead = 1024;
   auto* target = static_cast<char*>(to);
   const auto* source = static_cast<const char*>(from);
   const size_t head = std::min(bytes, (line - reinterpret_cast<uintptr_t>(to) % line) % line);
