@@ -1,8 +1,8 @@
 """Works and futures of the torch.distributed backend: how a torch program waits for collectives.
 
 torch's reducer and its communication hooks know of no `Work.wait`, only of futures with callbacks.
-A thread for each group completes them. What the collectives do is in c10d.py. Whoever waits for
-tensors on a GPU, waits on its current stream; that thread has streams of its own there.
+A thread for each group completes them. What the collectives do is in c10d_group.py. Whoever waits
+for tensors on a GPU, waits on its current stream; that thread has streams of its own there.
 """
 
 from __future__ import annotations

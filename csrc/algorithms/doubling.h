@@ -9,9 +9,8 @@
 // add in order of rank, so all ranks have the same bits. Beside those of ring.h the Wire has, on
 // one running sum:
 //   recv_reduce_keep(from, chunk)  the peers' partial sums + mine, kept
-//   exchange(with, chunk, last)    sends what is kept, adds what comes, keeps it; the last result
-//   is
-//                                  finished and goes to the output
+//   exchange(with, chunk, last)    sends what is kept, adds what comes, and keeps that; the last
+//                                  time it is finished, and goes to the output
 #pragma once
 
 #include "algorithms/topology.h"

@@ -9,11 +9,11 @@
 // the two, and once the other for a single segment. cost.h has steps, bytes and time.
 //
 // Phases are what a rank does with a segment:
-//   reduce_scatter(segment)  the sum over the node of this rank's shard, unfinished; with the
-//   others start(segment)           hands that shard to its allreduce across the nodes, which runs
+//   reduce_scatter(segment)  with the node's ranks: its sum of this rank's shard, unfinished
+//   start(segment)           hands that shard to its allreduce across the nodes, which runs
 //                            elsewhere: on a thread of its own, one segment after the other
-//   finish(segment)          waits until it has ended
-//   allgather(segment)       all shards of the finished segment, from the ranks of the node
+//   finish(segment)          waits until that has ended
+//   allgather(segment)       with the node's ranks: all shards of the finished segment
 // A rank without a shard takes part inside only; its start and finish are empty.
 #pragma once
 

@@ -10,8 +10,8 @@ namespace ringreduce {
 /// directions never queue behind each other, and no order depends on timing.
 enum Channel : int {
   ring_channel = 0,
-  up_channel = 1,
-  down_channel = 3,  // tree t: up + t, down + t
+  up_channel = 1,    // of tree t: up_channel + t
+  down_channel = 3,  // of tree t: down_channel + t
   doubling_channel = 5
 };
 inline constexpr int num_channels = 6;
@@ -68,8 +68,8 @@ struct InorderTree {
     if (position == 0) return -1;
     const int bit = position & -position;
     const int wanted = (position & ~bit) | (bit << 1);
-    return wanted < size ? wanted
-                         : position & ~bit;  // past the end: the left neighbour on that level
+    // Past the end: the left neighbour on that level.
+    return wanted < size ? wanted : position & ~bit;
   }
 
   /// The child to the right must exist within `size`: levels are skipped until one does.

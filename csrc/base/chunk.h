@@ -30,8 +30,8 @@ struct Chunk {
 ///   even   equal blocks, rounded up to `granule` elements so that no two ranks share a cache line
 ///   first  the same among the first `owners` ranks; the others have none
 ///   table  given offsets (size + 1 of them, not owned), as allgather and reduce_scatter need
-///   single all of it belongs to one rank; so a broadcast is an allgather and a reduce a
-///   reduce_scatter
+///   single all of it belongs to one rank: a broadcast is then an allgather, and a reduce a
+///          reduce_scatter
 class Blocks {
  public:
   RR_HOST_DEVICE static constexpr Blocks even(size_t count, int size, size_t granule = 1) {

@@ -60,8 +60,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::mutex mutex_;  // of everything below
   std::condition_variable changed_;
   std::deque<Entry> queue_;
-  std::deque<std::shared_ptr<Work>>
-      unseen_;  // asynchronous operations whose errors may go unnoticed
+  // Asynchronous operations whose errors may go unnoticed.
+  std::deque<std::shared_ptr<Work>> unseen_;
   // Whether unseen_ has any; written under the mutex. Read without it, so that a call with nothing
   // to hear of pays for no lock: what another thread starts meanwhile is heard of in a later call.
   std::atomic<bool> any_unseen_{false};

@@ -24,8 +24,8 @@ class Lifeline {
   /// Called from the lifeline's thread.
   struct Events {
     std::function<void(const std::string& message)> heard;
-    std::function<void(int node)>
-        lost;  // its leader's connection ended without a goodbye; on all nodes
+    /// Its leader's connection ended without a goodbye. Called on all nodes.
+    std::function<void(int node)> lost;
     std::function<void()> look_around;
   };
 

@@ -45,8 +45,7 @@ struct Reduction {
 // result: for avg the value divided once by `size`, for 16-bit floats rounded once.
 //
 // - Integers wrap; their avg is the wrapped sum divided toward zero.
-// - Floating min and max: a NaN in any source makes the result NaN. Of several NaNs, any may come
-// out.
+// - Floating min and max: a NaN in any source makes the result NaN; of several, any of them.
 // - bool: sum and max are "or", prod and min are "and"; results are 0 or 1.
 // - The order of operations, hence every bit of the result, depends neither on count, addresses
 //   nor the CPU (a NaN's sign and payload excepted).

@@ -12,8 +12,8 @@
 
 namespace ringreduce {
 
-inline constexpr size_t line_bytes =
-    128;  // two cache lines: the neighbour line is prefetched with it
+/// Two cache lines: the neighbour of a line is prefetched with it.
+inline constexpr size_t line_bytes = 128;
 
 /// How a rank says that it has come to a collective. One cache line holds all that a peer needs of
 /// a small message: that it has come, whether it means the same, and the payload.
@@ -38,16 +38,15 @@ struct RankControl {
   alignas(line_bytes) Flag prepared;
   alignas(line_bytes) Flag combined;
 
-  alignas(line_bytes)
-      pthread_mutex_t life;        // robust; held by the life thread until the rank departs
+  /// Robust; held by the life thread until the rank departs.
+  alignas(line_bytes) pthread_mutex_t life;
   std::atomic<uint32_t> departed;  // 1: left by shutdown or a normal exit
   std::atomic<uint32_t> reported;  // 1: has told its user of the abort
   std::atomic<uint32_t> gpu;       // how far its GPU has come to the end (comm/accelerator.h)
   std::atomic<int32_t> pid;
   std::atomic<uint64_t> nonce;  // proof that the mapping is the one that was meant
-  // Why this rank aborted; written before it sets the abort word. Ranks of the communicator; -1:
-  // none.
-  int32_t culprit, detector;
+  // Why this rank aborted; written before it sets the abort word.
+  int32_t culprit, detector;  // ranks of the communicator; -1: none
   char reason[2048];
 };
 

@@ -23,7 +23,7 @@ class Node {
 
   int local_rank() const { return local_rank_; }
   int local_size() const { return static_cast<int>(ranks_.size()); }
-  /// World ranks by local rank.
+  /// Ranks of the communicator, by local rank.
   const std::vector<int>& ranks() const { return ranks_; }
   int num_nodes() const { return static_cast<int>(nodes_.size()); }
   /// The ranks of all nodes, this one among them, in the order of their first ranks.

@@ -28,8 +28,7 @@ class Random {
 
 /// Who runs when several ranks can.
 enum class Order {
-  by_time,  // the rank whose clock is behind all others: as events follow each other in virtual
-            // time
+  by_time,  // the rank whose clock is behind all others': in the order of virtual time
   random,   // any, often the same for long: orders that are rare in real life, but possible
 };
 

@@ -1,7 +1,7 @@
-// The simulated Wire: ring.h and tree.h run on it unchanged, with real data and in virtual time
-// (machine.h). Every message says which chunk it carries and in which format, and the receiver
-// insists on it: a schedule that pairs the wrong messages fails even where the numbers happen to
-// come out right.
+// The simulated Wire: ring.h, tree.h and doubling.h run on it unchanged, with real data and in
+// virtual time (machine.h). Every message says which chunk it carries and in which format, and the
+// receiver insists on it: a schedule that pairs the wrong messages fails even where the numbers
+// happen to come out right.
 #pragma once
 
 #include <cstddef>
@@ -63,7 +63,8 @@ class Network {
   Ports& ports_;
 };
 
-/// One rank's end; used by that rank's fiber only. The primitives are those that ring.h lists.
+/// One rank's end; used by that rank's fiber only. The primitives are those of ring.h and
+/// doubling.h.
 class Wire {
  public:
   /// `message`, `network` and `counts` outlive it.
