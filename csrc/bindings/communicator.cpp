@@ -24,7 +24,7 @@ namespace {
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 
-/// On the device, too.
+/// On the device, too. Then nothing uses the operands any more, and wait() does not wait.
 bool ended(Work& work) {
   if (!work.done()) return false;
   try {
@@ -141,17 +141,17 @@ void wait_for(PyWork& self, std::optional<double> timeout_s, std::optional<uintp
   owner.release_finished();
 }
 
-/// A numpy array over memory that `owner` keeps.
+/// What an array holds so that the memory which it shows stays.
 template <class Owner>
-nb::object bytes_array(char* data, size_t size_bytes, std::shared_ptr<Owner> owner) {
+nb::capsule capsule_of(std::shared_ptr<Owner> owner) {
   auto* kept = new std::shared_ptr<Owner>(std::move(owner));
-  nb::capsule capsule(
+  return nb::capsule(
       kept, [](void* pointer) noexcept { delete static_cast<std::shared_ptr<Owner>*>(pointer); });
-  return nb::cast(Bytes(data, {size_bytes}, capsule));
 }
 
 nb::object output(PyWork& self) {
-  return bytes_array(self.work->output.get(), self.work->output_bytes, self.work->output);
+  const std::shared_ptr<char[]>& data = self.work->output;
+  return nb::cast(Bytes(data.get(), {self.work->output_bytes}, capsule_of(data)));
 }
 
 nb::object allocate(PyCommunicator& self, size_t size_bytes, int device) {
@@ -159,12 +159,10 @@ nb::object allocate(PyCommunicator& self, size_t size_bytes, int device) {
   std::shared_ptr<Block> block = signals.guard(
       [&] { return self.communicator->allocate(size_bytes, device, signals.asker()); });
   char* data = block->data();
-  if (device < 0) return bytes_array(data, size_bytes, std::move(block));
+  const nb::capsule owner = capsule_of(std::move(block));
+  if (device < 0) return nb::cast(Bytes(data, {size_bytes}, owner));
   using DeviceBytes = nb::ndarray<nb::device::cuda, uint8_t, nb::ndim<1>>;
-  auto* kept = new std::shared_ptr<Block>(std::move(block));
-  nb::capsule capsule(
-      kept, [](void* pointer) noexcept { delete static_cast<std::shared_ptr<Block>*>(pointer); });
-  return nb::cast(DeviceBytes(data, {size_bytes}, capsule, {}, nb::dtype<uint8_t>(),
+  return nb::cast(DeviceBytes(data, {size_bytes}, owner, {}, nb::dtype<uint8_t>(),
                               nb::device::cuda::value, device));
 }
 
@@ -248,19 +246,6 @@ bool is_symmetric(PyCommunicator& self, uintptr_t address, size_t size_bytes) {
   return open && open->arena()->locate(data, size_bytes).segment != 0;
 }
 
-bool done(PyWork& self) {
-  return self.work->done() && (!self.work->event || self.work->event->done());
-}
-
-nb::dict stats(PyCommunicator& self) {
-  const Stats& stats = self.communicator->core().stats;
-  nb::dict info;
-  info["calls"] = stats.calls.load();
-  info["bytes"] = stats.bytes.load();
-  info["seconds"] = static_cast<double>(stats.busy_ns.load()) * 1e-9;
-  return info;
-}
-
 std::string choice(PyCommunicator& self, int kind, size_t message_bytes) {
   const Choice choice =
       self.communicator->core().tuner.choose(static_cast<Kind>(kind), message_bytes);
@@ -304,7 +289,7 @@ void register_communicator(nb::module_& m) {
 
   nb::class_<PyWork>(m, "Work")
       .def("wait", &wait_for, nb::arg("timeout_s") = nb::none(), nb::arg("stream") = nb::none())
-      .def("done", &done)
+      .def("done", [](PyWork& self) { return ended(*self.work); })
       .def("output", &output)
       .def("times_ns",
            [](PyWork& self) { return std::pair(self.work->begin_ns, self.work->end_ns); })
@@ -348,8 +333,7 @@ void register_communicator(nb::module_& m) {
       .def("gpu_info", &gpu_info)
       .def("choice", &choice)
       .def("forecast", &forecast)
-      .def("constants", &constants)
-      .def("stats", &stats);
+      .def("constants", &constants);
 }
 
 }  // namespace ringreduce

@@ -318,7 +318,6 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
     throw;
   }
   finish(ErrorCode::none);
-  core.stats.add(bytes_of(call), work.end_ns - work.begin_ns);
 }
 
 std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,

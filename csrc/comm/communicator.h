@@ -31,21 +31,6 @@ struct Options {
   Measured measured{};  // constants of the links, in place of the source's
 };
 
-struct Stats {
-  std::atomic<uint64_t> calls{0}, bytes{0}, busy_ns{0};
-
-  /// Of one more call. Only one is under way at a time, so nothing else writes: no locked
-  /// additions.
-  void add(uint64_t call_bytes, int64_t call_ns) {
-    const auto increase = [](std::atomic<uint64_t>& total, uint64_t by) {
-      total.store(total.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
-    };
-    increase(calls, 1);
-    increase(bytes, call_bytes);
-    increase(busy_ns, static_cast<uint64_t>(call_ns));
-  }
-};
-
 /// What operations run on; shared with the progress thread, which may outlive the Communicator by
 /// one operation.
 struct Core : std::enable_shared_from_this<Core> {
@@ -63,7 +48,6 @@ struct Core : std::enable_shared_from_this<Core> {
   const std::shared_ptr<Arena> arena;
   std::atomic<uint64_t> sequence{0};  // of the last collective that began
   std::atomic<bool> closing{false};
-  Stats stats;
   const std::shared_ptr<const std::string> name;  // options.name, shared with trace records
 
   /// Null until the first collective on GPU memory. Any thread.
