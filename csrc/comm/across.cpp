@@ -24,9 +24,8 @@ class AcrossNodes {
         operands_(call),
         message_(operands_.message()),
         header_(call.header(core.sequence.fetch_add(1) + 1)),
-        limits_{core.options.warn_after_s, core.options.timeout_s},
         interrupted_(interrupted),
-        watch_(core.group, header_, limits_, interrupted, core.closing),
+        watch_(core.watch(header_, interrupted)),
         steps_(core, header_, watch_),
         partial_bytes_(partial_size_of(call.dtype)) {
     message_.reduction.size = core.size;
@@ -241,8 +240,7 @@ class AcrossNodes {
       if (rails_.segments() == 1) return run(across_.watch_);
       const auto in_background = [this, run](Work&) {
         const Interrupted never;
-        GroupWatch watch(across_.core_.group, across_.header_, across_.limits_, never,
-                         across_.core_.closing);
+        GroupWatch watch = across_.core_.watch(across_.header_, never);
         run(watch);
       };
       shard.work = across_.cluster_.engine().enqueue(in_background, false);
@@ -381,7 +379,6 @@ class AcrossNodes {
   Operands operands_;
   Message& message_;
   Header header_;
-  const GroupWatch::Limits limits_;
   const Interrupted& interrupted_;
   GroupWatch watch_;
   Steps steps_;
@@ -396,10 +393,7 @@ void run_across(Core& core, const Call& call, Work& work, const Interrupted& int
     AcrossNodes(core, call, work, interrupted).run();
   } catch (const Error& error) {
     // MPI refused something: the others cannot know.
-    if (error.code() == ErrorCode::resource) {
-      core.group.abort(ErrorCode::peer_failed, core.rank,
-                       "rank " + std::to_string(core.rank) + " failed: " + error.what());
-    }
+    if (error.code() == ErrorCode::resource) core.abort_failed(error);
     throw;
   }
 }

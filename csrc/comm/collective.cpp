@@ -23,8 +23,7 @@ class Collective {
         operands_(call),
         message_(operands_.message()),
         header_(call.header(core.sequence.fetch_add(1) + 1)),
-        watch_(core.group, header_, {core.options.warn_after_s, core.options.timeout_s},
-               interrupted, core.closing) {
+        watch_(core.watch(header_, interrupted)) {
     message_.reduction.size = core.size;
   }
 
@@ -222,9 +221,7 @@ class Collective {
     gather(Blocks::table(offsets.data(), core_.size));
   }
 
-  [[noreturn]] void throw_failure() const {
-    throw_aborted(core_, header_.describe() + " #" + std::to_string(header_.sequence));
-  }
+  [[noreturn]] void throw_failure() const { throw_aborted(core_, header_); }
 
   [[noreturn]] void throw_mismatch() const {
     std::vector<Header> headers;
@@ -312,9 +309,7 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
     throw;  // all ranks have it, or an abort told them
   } catch (const std::exception& error) {
     finish(ErrorCode::resource);
-    // No memory, say: this rank is out of step, and the others would wait for it.
-    core.group.abort(ErrorCode::peer_failed, core.rank,
-                     "rank " + std::to_string(core.rank) + " failed: " + error.what());
+    core.abort_failed(error);  // no memory, say: the others would wait for this rank
     throw;
   }
   finish(ErrorCode::none);
@@ -329,8 +324,7 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
   Work work;
   run_collective(core, call, work, interrupted);
   const Header header = call.header(core.sequence.load());
-  GroupWatch watch(core.group, header, {core.options.warn_after_s, core.options.timeout_s},
-                   interrupted, core.closing);
+  GroupWatch watch = core.watch(header, interrupted);
   const std::function<bool()> stop = [&watch] { return watch.stop(); };
   Deadline deadline = Deadline::after_s(core.options.timeout_s);
   deadline.stop = &stop;
@@ -347,7 +341,7 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
       failure = error.what();
     } else {
       if (error.code() == ErrorCode::resource || !watch.stop()) throw;
-      throw_aborted(core, header.describe() + " #" + std::to_string(header.sequence));
+      throw_aborted(core, header);
     }
   }
   if (core.cluster) {
@@ -394,6 +388,10 @@ void throw_mismatch(const Core& core, const std::vector<Header>& headers) {
                   std::to_string(core.rank) +
                   "). Every rank must make the same calls in the same order. No data was changed, "
                   "and the communicator can still be used");
+}
+
+void throw_aborted(const Core& core, const Header& header) {
+  throw_aborted(core, header.describe() + " #" + std::to_string(header.sequence));
 }
 
 void throw_aborted(const Core& core, const std::string& during) {

@@ -25,7 +25,8 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
 /// Throws MismatchError's text: who called what. `headers`: of all ranks, in order.
 [[noreturn]] void throw_mismatch(const Core& core, const std::vector<Header>& headers);
 
-/// Throws what ended the communicator.
+/// Throws what ended the communicator, during this collective or another one.
+[[noreturn]] void throw_aborted(const Core& core, const Header& header);
 [[noreturn]] void throw_aborted(const Core& core, const std::string& during);
 
 }  // namespace ringreduce

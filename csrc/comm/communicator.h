@@ -50,6 +50,16 @@ struct Core : std::enable_shared_from_this<Core> {
   std::atomic<bool> closing{false};
   const std::shared_ptr<const std::string> name;  // options.name, shared with trace records
 
+  /// What waits look at during one collective; the header and `interrupted` outlive it.
+  GroupWatch watch(const Header& header, const Interrupted& interrupted) {
+    return {group, header, {options.warn_after_s, options.timeout_s}, interrupted, closing};
+  }
+  /// Aborts on all ranks: this one has failed by itself, and is out of step.
+  void abort_failed(const std::exception& error) {
+    group.abort(ErrorCode::peer_failed, rank,
+                "rank " + std::to_string(rank) + " failed: " + error.what());
+  }
+
   /// Null until the first collective on GPU memory. Any thread.
   std::shared_ptr<Accelerator> accelerator() const;
   void set_accelerator(std::shared_ptr<Accelerator> accelerator);

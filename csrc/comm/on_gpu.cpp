@@ -273,8 +273,7 @@ class OnGpu {
   }
 
   [[noreturn]] void throw_failure() const {
-    const Header header = call_.header(core_.sequence.load());
-    throw_aborted(core_, header.describe() + " #" + std::to_string(header.sequence));
+    throw_aborted(core_, call_.header(core_.sequence.load()));
   }
 
   Core& core_;
@@ -340,10 +339,7 @@ void run_on_gpu(Core& core, const Call& call, Work& work, const Interrupted& int
     OnGpu(core, call, work, interrupted).run();
   } catch (const Error& error) {
     // The device refused something: the others cannot know.
-    if (error.code() == ErrorCode::resource && core.accelerator()) {
-      core.group.abort(ErrorCode::peer_failed, core.rank,
-                       "rank " + std::to_string(core.rank) + " failed: " + error.what());
-    }
+    if (error.code() == ErrorCode::resource && core.accelerator()) core.abort_failed(error);
     throw;
   }
 }

@@ -46,8 +46,6 @@ void Steps::sum_inside(const Message& message, Chunk whole, const Blocks& blocks
   staged(inside, Staged::Phases::reduce_scatter, blocks);
 }
 
-void Steps::throw_failure() const {
-  throw_aborted(core_, header_.describe() + " #" + std::to_string(header_.sequence));
-}
+void Steps::throw_failure() const { throw_aborted(core_, header_); }
 
 }  // namespace ringreduce
