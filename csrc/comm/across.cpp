@@ -7,29 +7,21 @@
 #include "algorithms/hierarchical.h"
 #include "algorithms/ring.h"
 #include "algorithms/tree.h"
-#include "comm/collective.h"
+#include "comm/host_collective.h"
 #include "comm/owners.h"
 #include "comm/steps.h"
 
 namespace ringreduce {
 namespace {
 
-class AcrossNodes {
+class AcrossNodes : private HostCollective {
  public:
   AcrossNodes(Core& core, const Call& call, Work& work, const Interrupted& interrupted)
-      : core_(core),
+      : HostCollective(core, call, work, interrupted),
         cluster_(*core.cluster),
-        call_(call),
-        work_(work),
-        operands_(call),
-        message_(operands_.message()),
-        header_(call.header(core.sequence.fetch_add(1) + 1)),
         interrupted_(interrupted),
-        watch_(core.watch(header_, interrupted)),
         steps_(core, header_, watch_),
-        partial_bytes_(partial_size_of(call.dtype)) {
-    message_.reduction.size = core.size;
-  }
+        partial_bytes_(partial_size_of(call.dtype)) {}
 
   void run() {
     if (core_.group.aborted()) throw_failure();
@@ -44,35 +36,12 @@ class AcrossNodes {
     core_.window.arrive();
     if (core_.window.stopped()) throw_failure();
     if (!meet(small ? operands_.count() : 0)) throw_mismatch(core_, all_headers());
-    if (!small && !call_.meets_only) move();
+    const bool moves = operands_.count() > 0 || call_.kind == Kind::allgather;
+    if (moves && !small && !call_.meets_only) move();
     operands_.finish();
   }
 
  private:
-  void move() {
-    if (operands_.count() == 0 && call_.kind != Kind::allgather) return;
-    switch (call_.kind) {
-      case Kind::barrier:
-      case Kind::allocate:
-        break;
-      case Kind::allreduce:
-        allreduce();
-        break;
-      case Kind::reduce_scatter:
-        reduce_scatter();
-        break;
-      case Kind::allgather:
-        allgather();
-        break;
-      case Kind::broadcast:
-        broadcast();
-        break;
-      case Kind::reduce:
-        reduce_to_root();
-        break;
-    }
-  }
-
   // ---- The meeting.
 
   /// Leaders agree for their nodes; others wait for their leader. False: the ranks differ. The sum
@@ -153,9 +122,9 @@ class AcrossNodes {
 
   // ---- The collectives.
 
-  size_t message_bytes() const { return operands_.count() * message_.item_bytes; }
+  void barrier() override {}  // they have met
 
-  void allreduce() {
+  void allreduce() override {
     if (core_.tuner.needs_wire()) {
       const Algorithm wanted = core_.tuner.choose(Kind::allreduce, message_bytes()).algorithm;
       const AcrossChoice choice{wanted == Algorithm::tree ? Across::tree : Across::ring,
@@ -339,7 +308,7 @@ class AcrossNodes {
     }
   }
 
-  void reduce_scatter() {
+  void reduce_scatter() override {
     Owners owners{{}, true};
     for (size_t rank = 0; rank + 1 < scattered_.size(); ++rank) {
       owners.parts.push_back({scattered_[rank], scattered_[rank + 1] - scattered_[rank]});
@@ -354,33 +323,21 @@ class AcrossNodes {
     return owners;
   }
 
-  void reduce_to_root() { reduce_to(of_root()); }
+  void reduce_to_root() override { reduce_to(of_root()); }
 
-  void broadcast() { gather_from_owners(steps_, message_, of_root()); }
+  void broadcast() override { gather_from_owners(steps_, message_, of_root()); }
 
-  void allgather() {
-    for (const Header& header : all_headers()) work_.counts.push_back(header.rows);
-    const std::vector<size_t> places = allocate_output(work_, header_.count, message_.item_bytes);
+  void allgather() override {
+    const std::vector<size_t> places = place_result(all_headers());
     Owners owners{{}, true};
     for (size_t rank = 0; rank + 1 < places.size(); ++rank) {
       owners.parts.push_back({places[rank], places[rank + 1] - places[rank]});
     }
-    operands_.place_inputs_at(places[static_cast<size_t>(core_.rank)]);
-    operands_.set_output(work_.output.get(), places.back());
     gather_from_owners(steps_, message_, owners);
   }
 
-  [[noreturn]] void throw_failure() const { steps_.throw_failure(); }
-
-  Core& core_;
   Cluster& cluster_;
-  const Call& call_;
-  Work& work_;
-  Operands operands_;
-  Message& message_;
-  Header header_;
   const Interrupted& interrupted_;
-  GroupWatch watch_;
   Steps steps_;
   const size_t partial_bytes_;
   std::vector<size_t> scattered_;  // reduce_scatter: where each rank's rows begin, and the end

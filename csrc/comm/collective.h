@@ -1,5 +1,5 @@
-// One collective from header to result: lets the ranks meet, chooses the algorithm, runs it over
-// window or wire, and turns what went wrong into an Error.
+// One collective: where it runs, what is recorded of it, and the words of what went wrong. How it
+// runs is in on_node.cpp, across.cpp and on_gpu.cpp.
 #pragma once
 
 #include <vector>
@@ -8,15 +8,14 @@
 
 namespace ringreduce {
 
+/// Blocks end on cache lines: no two ranks write to the same one.
+inline constexpr size_t block_granule = line_bytes;
+
 /// Runs `call` as the communicator's next collective. An allgather's result goes to `work`.
 void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted);
 
 /// The same for tensors in host memory, as a step of a collective: without records of it.
 void run_on_host(Core& core, const Call& call, Work& work, const Interrupted& interrupted);
-
-/// An allgather's result, for the rows that work.counts has. Returns where each rank's part begins
-/// in it, in elements, and the end.
-std::vector<size_t> allocate_output(Work& work, size_t row_elements, size_t item_bytes);
 
 /// Collective: all ranks meet and then extend the arena. `device`: -1 for memory of the host.
 std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,

@@ -1,7 +1,6 @@
 #include "comm/steps.h"
 
 #include "algorithms/two_shot.h"
-#include "comm/collective.h"
 
 namespace ringreduce {
 

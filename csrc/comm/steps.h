@@ -4,13 +4,10 @@
 
 #include <vector>
 
-#include "comm/communicator.h"
+#include "comm/collective.h"
 #include "shm/staged.h"
 
 namespace ringreduce {
-
-/// Blocks end on cache lines: no two ranks write to the same one.
-inline constexpr size_t block_granule = line_bytes;
 
 class Steps {
  public:

@@ -1,6 +1,6 @@
 // Which algorithm a collective takes: a pure function of values that all ranks agree on, so no two
 // ranks ever choose differently. To add an algorithm: a header in algorithms/, a row here, a branch
-// in collective.cpp.
+// in on_node.cpp.
 #pragma once
 
 #include <cstddef>
