@@ -1,9 +1,8 @@
 #include "comm/accelerator.h"
 
-#include <signal.h>
-
 #include <thread>
 
+#include "base/thread.h"
 #include "comm/communicator.h"
 
 namespace ringreduce {
@@ -51,11 +50,7 @@ Accelerator::Accelerator(Core& core, int device, Deadline deadline) : device(dev
 Accelerator::~Accelerator() = default;
 
 void Accelerator::start(const std::shared_ptr<Core>& core) {
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the user's threads
-  std::thread([this, core] { watch(*core); }).detach();
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  start_thread([this, core] { watch(*core); });
 }
 
 std::shared_ptr<Block> Accelerator::allocate(Core& core, size_t size_bytes, Deadline deadline) {

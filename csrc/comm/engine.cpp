@@ -1,10 +1,7 @@
 #include "comm/engine.h"
 
-#include <signal.h>
-
-#include <thread>
-
 #include "base/error.h"
+#include "base/thread.h"
 
 namespace ringreduce {
 namespace {
@@ -50,11 +47,7 @@ std::shared_ptr<Work> Engine::enqueue(Task task, bool asynchronous) {
   }
   if (!started_) {
     started_ = true;
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the user's threads
-    std::thread([self = shared_from_this()] { self->progress(); }).detach();
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    start_thread([self = shared_from_this()] { self->progress(); });
   }
   changed_.notify_all();
   return work;

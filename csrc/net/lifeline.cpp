@@ -2,7 +2,6 @@
 
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -12,11 +11,11 @@
 #include <cstring>
 #include <mutex>
 #include <set>
-#include <thread>
 #include <vector>
 
 #include "algorithms/topology.h"
 #include "base/error.h"
+#include "base/thread.h"
 #include "net/tcp.h"
 
 namespace ringreduce {
@@ -236,11 +235,7 @@ Lifeline::Lifeline(int node, int nodes, bool leads, const Exchange& exchange, Ev
 }
 
 void Lifeline::start() {
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the user's threads
-  std::thread([state = state_] { state->run(); }).detach();
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  start_thread([state = state_] { state->run(); });
 }
 
 Lifeline::~Lifeline() { close(); }

@@ -1,15 +1,14 @@
 #include "shm/life.h"
 
 #include <linux/futex.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <condition_variable>
 #include <mutex>
 #include <string>
-#include <thread>
 
 #include "base/error.h"
+#include "base/thread.h"
 
 namespace ringreduce {
 namespace {
@@ -19,11 +18,7 @@ namespace {
 class LifeThread {
  public:
   LifeThread() {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // inherited: no signal handler ever runs there
-    std::thread([this] { run(); }).detach();
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    start_thread([this] { run(); });
   }
 
   int call(int (*action)(pthread_mutex_t*), pthread_mutex_t* mutex) {
