@@ -188,7 +188,10 @@ constexpr Cost doubling_allreduce_cost(size_t count, int size, size_t chunk, int
 /// The algorithms that a shard can take across the nodes.
 enum class Across : int { ring, tree, doubling };
 inline constexpr const char* across_names[] = {"ring", "tree", "doubling"};
-inline constexpr int num_across = 3;
+
+constexpr const char* name_of(Across algorithm) {
+  return across_names[static_cast<int>(algorithm)];
+}
 
 constexpr Cost across_cost(Across algorithm, size_t count, int nodes, size_t chunk, int node) {
   switch (algorithm) {

@@ -108,8 +108,8 @@ nb::tuple choose(size_t count, int nodes, int local_size, LinkPair inside, LinkP
   const NodesChoice choice =
       choose_hierarchical(count, {nodes, local_size, local_size}, link_of(inside), link_of(link),
                           Dtype::u8, most_chunk);
-  return nb::make_tuple(across_names[static_cast<int>(choice.across.algorithm)], choice.segment,
-                        choice.across.chunk, choice.time_s);
+  return nb::make_tuple(name_of(choice.across.algorithm), choice.segment, choice.across.chunk,
+                        choice.time_s);
 }
 
 }  // namespace

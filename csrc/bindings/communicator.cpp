@@ -247,9 +247,7 @@ bool is_symmetric(PyCommunicator& self, uintptr_t address, size_t size_bytes) {
 }
 
 std::string choice(PyCommunicator& self, int kind, size_t message_bytes) {
-  const Choice choice =
-      self.communicator->core().tuner.choose(static_cast<Kind>(kind), message_bytes);
-  return algorithm_names[static_cast<size_t>(choice.algorithm)];
+  return name_of(self.communicator->core().tuner.choose(static_cast<Kind>(kind), message_bytes));
 }
 
 /// Of an allreduce of so many bytes of float32: (algorithm, segments, bytes of a chunk, seconds).

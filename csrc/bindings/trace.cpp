@@ -15,8 +15,7 @@ namespace {
 /// met_ns, end_ns, error); the order is that of recording.py.
 nb::tuple fields(const TraceRecord& record) {
   return nb::make_tuple(*record.communicator, name_of(record.kind), name_of(record.op),
-                        name_of(record.dtype),
-                        algorithm_names[static_cast<size_t>(record.algorithm)], record.sequence,
+                        name_of(record.dtype), name_of(record.algorithm), record.sequence,
                         record.bytes, record.on_progress_thread, record.begin_ns, record.met_ns,
                         record.end_ns, name_of(record.error));
 }

@@ -126,7 +126,7 @@ class AcrossNodes : private HostCollective {
 
   void allreduce() override {
     if (core_.tuner.needs_wire()) {
-      const Algorithm wanted = core_.tuner.choose(Kind::allreduce, message_bytes()).algorithm;
+      const Algorithm wanted = core_.tuner.choose(Kind::allreduce, message_bytes());
       const AcrossChoice choice{wanted == Algorithm::tree ? Across::tree : Across::ring,
                                 NetWire::slot_bytes / partial_bytes_};
       reduce_over(cluster_.all_ranks(), core_.rank, core_.size, choice, message_, operands_.count(),

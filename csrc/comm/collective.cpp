@@ -24,7 +24,7 @@ TraceRecord record_of(const Core& core, const Call& call, const Work& work, int6
   record.op = call.op;
   record.dtype = call.dtype;
   record.bytes = call.kind == Kind::allocate ? call.bytes : bytes_of(call);
-  record.algorithm = core.tuner.choose(call.kind, record.bytes).algorithm;
+  record.algorithm = core.tuner.choose(call.kind, record.bytes);
   record.on_progress_thread = Engine::on_progress_thread();
   record.begin_ns = work.begin_ns;
   record.met_ns = met_ns;

@@ -132,7 +132,7 @@ class OnGpu {
   }
 
   cuda::Kernel kernel_of_allreduce(cuda::DeviceCall& call) {
-    switch (core_.tuner.choose_on_gpu(call_.dtype, count_ * item_bytes_).algorithm) {
+    switch (core_.tuner.choose_on_gpu(call_.dtype, count_ * item_bytes_)) {
       case Algorithm::one_shot:
         return cuda::Kernel::one_shot;
       case Algorithm::ring:

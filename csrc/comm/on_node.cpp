@@ -32,14 +32,14 @@ class OnNode : private HostCollective {
   void barrier() override { core_.window.arrive(); }
 
   bool uses_ring() const {
-    return core_.tuner.choose(call_.kind, 0).algorithm == Algorithm::ring && core_.size > 1;
+    return core_.tuner.choose(call_.kind, 0) == Algorithm::ring && core_.size > 1;
   }
   Ring ring() const { return {core_.rank, core_.size}; }
 
   void allreduce() override {
     const size_t count = operands_.count();
     const Blocks blocks = Blocks::even(count, core_.size, block_granule);
-    switch (core_.tuner.choose(Kind::allreduce, message_bytes()).algorithm) {
+    switch (core_.tuner.choose(Kind::allreduce, message_bytes())) {
       case Algorithm::one_shot:
         one_shot_allreduce(core_.window, count);
         break;

@@ -39,31 +39,31 @@ Tuner::Tuner(Algorithm wanted, bool claims, const Measured& measured)
 
 bool Tuner::small(size_t message_bytes) const { return message_bytes <= small_bytes; }
 
-Choice Tuner::choose_on_gpu(Dtype dtype, size_t message_bytes) const {
+Algorithm Tuner::choose_on_gpu(Dtype dtype, size_t message_bytes) const {
   const bool fits = message_bytes <= cuda::one_shot_largest_bytes &&
                     size_of(dtype) <= cuda::one_shot_largest_item_bytes;
   switch (wanted_) {
     case Algorithm::automatic:
     case Algorithm::one_shot:
-      return {fits ? Algorithm::one_shot : Algorithm::two_shot};
+      return fits ? Algorithm::one_shot : Algorithm::two_shot;
     default:
-      return {wanted_};
+      return wanted_;
   }
 }
 
-Choice Tuner::choose(Kind kind, size_t message_bytes) const {
+Algorithm Tuner::choose(Kind kind, size_t message_bytes) const {
   if (kind != Kind::allreduce) {
-    return {wanted_ == Algorithm::ring ? Algorithm::ring : Algorithm::two_shot};
+    return wanted_ == Algorithm::ring ? Algorithm::ring : Algorithm::two_shot;
   }
   switch (wanted_) {
     case Algorithm::automatic: {
       const auto limit = static_cast<size_t>(here_.one_shot_bytes);
-      return {message_bytes <= limit ? Algorithm::one_shot : Algorithm::two_shot};
+      return message_bytes <= limit ? Algorithm::one_shot : Algorithm::two_shot;
     }
     case Algorithm::one_shot:
-      return {message_bytes <= one_shot_largest_bytes ? Algorithm::one_shot : Algorithm::two_shot};
+      return message_bytes <= one_shot_largest_bytes ? Algorithm::one_shot : Algorithm::two_shot;
     default:
-      return {wanted_};
+      return wanted_;
   }
 }
 
@@ -75,7 +75,7 @@ NodesChoice Tuner::across(size_t count, NodesShape shape, Dtype dtype) const {
 Forecast Tuner::forecast(size_t message_bytes, NodesShape shape) const {
   const int nodes = shape.nodes, local_size = shape.local_size;
   const size_t count = (message_bytes + 3) / 4;
-  if (nodes * local_size == 1 || count == 0) return {algorithm_names[2], 1, 0, 0};
+  if (nodes * local_size == 1 || count == 0) return {name_of(Algorithm::two_shot), 1, 0, 0};
   if (needs_wire()) return forecast_wire(count, nodes, local_size);
   if (nodes == 1) return forecast_node(count, local_size);
   if (4 * count <= Agreement::largest_payload_bytes) {
@@ -84,12 +84,12 @@ Forecast Tuner::forecast(size_t message_bytes, NodesShape shape) const {
         across_time_s({Across::doubling, count}, count, nodes, agreed_.rail(1), Dtype::f32);
     const double inside_s =
         local_size > 1 ? one_shot_cost(count, local_size).time_s(agreed_.inside(), Dtype::f32) : 0;
-    return {across_names[static_cast<int>(Across::doubling)], 1, 0,
+    return {name_of(Across::doubling), 1, 0,
             across_s + inside_s + (local_size > 1 ? agreed_.inside().alpha_s : 0)};
   }
   const NodesChoice choice = across(count, shape, Dtype::f32);
-  return {across_names[static_cast<int>(choice.across.algorithm)],
-          (count + choice.segment - 1) / choice.segment, choice.across.chunk * 4, choice.time_s};
+  return {name_of(choice.across.algorithm), (count + choice.segment - 1) / choice.segment,
+          choice.across.chunk * 4, choice.time_s};
 }
 
 /// Over all ranks, as if each was on a node of its own.
@@ -98,17 +98,16 @@ Forecast Tuner::forecast_wire(size_t count, int nodes, int local_size) const {
   const Link link = nodes > 1 ? agreed_.rail(1) : here_.inside();
   const AcrossChoice choice{wanted_ == Algorithm::ring ? Across::ring : Across::tree,
                             slot_bytes / 4};
-  return {algorithm_names[static_cast<size_t>(wanted_)], 1, slot_bytes,
+  return {name_of(wanted_), 1, slot_bytes,
           across_time_s(choice, count, nodes * local_size, link, Dtype::f32,
                         nodes > 1 ? NetWire::lanes : 1)};
 }
 
 Forecast Tuner::forecast_node(size_t count, int size) const {
-  const Algorithm algorithm = choose(Kind::allreduce, 4 * count).algorithm;
+  const Algorithm algorithm = choose(Kind::allreduce, 4 * count);
   const Cost cost = algorithm == Algorithm::one_shot ? one_shot_cost(count, size)
                                                      : two_shot_cost(Blocks::even(count, size), 0);
-  return {algorithm_names[static_cast<size_t>(algorithm)], 1, 0,
-          cost.time_s(here_.inside(), Dtype::f32)};
+  return {name_of(algorithm), 1, 0, cost.time_s(here_.inside(), Dtype::f32)};
 }
 
 }  // namespace ringreduce

@@ -17,9 +17,9 @@ enum class Algorithm : int { automatic, one_shot, two_shot, ring, tree };
 
 inline constexpr const char* algorithm_names[] = {"auto", "one_shot", "two_shot", "ring", "tree"};
 
-struct Choice {
-  Algorithm algorithm;
-};
+constexpr const char* name_of(Algorithm algorithm) {
+  return algorithm_names[static_cast<int>(algorithm)];
+}
 
 /// What an allreduce would take.
 struct Forecast {
@@ -34,9 +34,9 @@ class Tuner {
   /// `wanted`: what the user asked for; `claims`: whether ranks outnumber cores on this node.
   Tuner(Algorithm wanted, bool claims, const Measured& measured = {});
 
-  Choice choose(Kind kind, size_t message_bytes) const;
+  Algorithm choose(Kind kind, size_t message_bytes) const;
   /// An allreduce among kernels. two_shot includes its staged form.
-  Choice choose_on_gpu(Dtype dtype, size_t message_bytes) const;
+  Algorithm choose_on_gpu(Dtype dtype, size_t message_bytes) const;
   /// Whether one rank reduces such a message faster than it can wake others to help.
   bool small(size_t message_bytes) const;
   /// Ring or tree over all ranks, because it was asked for.

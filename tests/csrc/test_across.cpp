@@ -130,7 +130,7 @@ struct ClusterCase {
     return {*std::min_element(local_sizes.begin(), local_sizes.end()), count, segment};
   }
   std::string name() const {
-    std::string text = std::string("hierarchical over ") + across_names[static_cast<int>(across)];
+    std::string text = std::string("hierarchical over ") + name_of(across);
     for (const int local_size : local_sizes) text += " " + std::to_string(local_size);
     return text + ": " + std::to_string(count) + " elements in segments of " +
            std::to_string(segment) + ", lead " + std::to_string(lead);
