@@ -8,6 +8,7 @@ where one who receives from any source sees it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -208,11 +209,12 @@ class Pending:
         self.source = source
 
     def wait(self, timeout: float | None = None) -> None:
+        """Raises TimeoutError after `timeout` seconds; the message goes on, as a Work does."""
         limit = None if timeout is None else time.monotonic() + timeout
-        event = self._future.result(timeout)
+        event = _result(self._future, limit)
         if isinstance(event, tuple):
             self.source, message = event
-            event = message.result(None if limit is None else max(0.0, limit - time.monotonic()))
+            event = _result(message, limit)
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 
@@ -224,6 +226,16 @@ class Pending:
             return future.done()
         event = future.result()
         return event is None or bool(event.query())
+
+
+def _result(future: Future[Any], limit: float | None) -> Any:
+    left = None if limit is None else max(0.0, limit - time.monotonic())
+    try:
+        return future.result(left)
+    except concurrent.futures.TimeoutError:  # not Python's own before 3.11
+        if future.done():
+            return future.result()  # it has come by now; or its own error is one
+        raise TimeoutError("no end of a send or recv within the wait's timeout") from None
 
 
 def _ended_well(future: Future[Any]) -> bool:

@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from jobs import run_to_end
 from wrapped import assert_trained_as_one_process
 
 import ringreduce as rr
-from ringreduce.c10d_channels import Channels
+from ringreduce.c10d_channels import Channels, Pending
 
 COLLECTIVES = """
 import datetime, os, torch, ringreduce.c10d, torch.distributed as dist
@@ -434,3 +435,14 @@ def test_recv_from_any_source_ends_at_its_deadline():
     with pytest.raises(rr.CollectiveTimeout, match=r"any source.*0\.05 s"):
         channels.receive_any(torch.empty(1), 0).wait()
     channels.close()
+
+
+def test_a_message_may_be_waited_for_again():
+    """A wait's own timeout is Python's TimeoutError; the error of the message stays what it is."""
+    future = Future()
+    pending = Pending(future, torch.device("cpu"))
+    with pytest.raises(TimeoutError, match="the wait's timeout"):
+        pending.wait(0.001)
+    future.set_exception(rr.CollectiveTimeout("nobody has sent"))
+    with pytest.raises(rr.CollectiveTimeout, match="nobody has sent"):
+        pending.wait(0.001)
