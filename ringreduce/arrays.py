@@ -94,11 +94,16 @@ def cuda_unavailable() -> str:
     return str(_core.cuda_info()["unavailable"])
 
 
-def refuse_device(device: Any) -> str:
-    """What to say of a device whose memory cannot be sent."""
+def what_moves() -> str:
+    """Whose memory can be sent, for messages about a device whose memory cannot."""
     reason = cuda_unavailable()
     moved = f"CPU memory only (CUDA: {reason})" if reason else "memory of the CPU and of CUDA only"
-    return f"the tensor is on device {device}, but this ringreduce moves {moved}: use x.cpu()"
+    return f"this ringreduce moves {moved}"
+
+
+def refuse_device(device: Any) -> str:
+    """What to say of a tensor on such a device."""
+    return f"the tensor is on device {device}, but {what_moves()}: use x.cpu()"
 
 
 def unsupported(what: str) -> str:

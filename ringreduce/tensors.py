@@ -28,6 +28,7 @@ from ringreduce.arrays import (
     refuse_device,
     unsupported,
     walk,
+    what_moves,
 )
 
 
@@ -134,14 +135,16 @@ def blank(shape: int | Sequence[int], dtype: Any, device: Any = None) -> Blank:
     a GPU one of cupy.
 
     device: None is the CPU; "cuda" the caller's current GPU. Raises TypeError for a device whose
-    memory cannot be sent.
+    memory cannot be sent, ValueError for a GPU that is no number.
     """
     extents = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
     if any(extent < 0 for extent in extents):
         raise ValueError(f"negative extent in shape {extents}")
     kind, _, number = ("cpu" if device is None else str(device)).partition(":")
     if kind not in ("cpu", "cuda") or (kind == "cuda" and cuda_unavailable()):
-        raise TypeError(refuse_device(device))
+        raise TypeError(f"no tensor can be on device {device}, since {what_moves()}")
+    if number and not number.isdecimal():
+        raise ValueError(f"device {device!r} names no GPU: write 'cuda', or 'cuda:1'")
     if "torch" in sys.modules and isinstance(dtype, sys.modules["torch"].dtype):
         torch = _torch_framework()
         torch.index_of(dtype)

@@ -41,7 +41,8 @@ def test_without_cuda_the_reason_is_said(monkeypatch):
     arrays.cuda_unavailable.cache_clear()
     try:
         for device in ("cuda:1", "cuda"):
-            with pytest.raises(TypeError, match=rf"{device},.*CPU memory only.*driver is too old"):
+            match = rf"no tensor .*{device},.*CPU memory only.*driver is too old"
+            with pytest.raises(TypeError, match=match):
                 tensors.blank(3, torch.float32, device)
         with pytest.raises(TypeError, match=r"cuda:0,.*driver is too old.*x\.cpu\(\)"):
             tensors.describe(cuda(torch.ones(2)))
@@ -55,6 +56,8 @@ def test_other_devices_stay_refused(fake_gpu, monkeypatch):
         tensors.describe(torch.ones(2, device="meta"))
     with pytest.raises(TypeError, match="device mps"):
         tensors.blank(2, torch.float32, "mps")
+    with pytest.raises(ValueError, match="'cuda:x' names no GPU"):
+        tensors.blank(2, torch.float32, "cuda:x")
 
 
 def test_operands_on_two_devices(fake_gpu):
