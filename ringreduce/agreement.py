@@ -5,14 +5,12 @@ No gradients here.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ringreduce.broadcasting import broadcast_parameters
+from ringreduce.broadcasting import broadcast_parameters, find_difference
 from ringreduce.communicator import Communicator
 from ringreduce.errors import MismatchError
 
@@ -20,26 +18,16 @@ from ringreduce.errors import MismatchError
 def agree(
     comm: Communicator, module: nn.Module, ignore: Collection[str], arguments: object
 ) -> None:
-    """Collective. Raises the same MismatchError on all ranks unless model and arguments agree.
-
-    Digests go first: the description of a large model travels only to be shown.
-    """
+    """Collective. Raises the same MismatchError on all ranks unless model and arguments agree."""
     lines = [f"arguments {arguments}"]
     lines += [_describe(name, x) for name, x in named_tensors(module, ignore).items()]
-    digest = hashlib.sha256("\n".join(lines).encode()).digest()
-    if len(set(comm.exchange(digest))) == 1:
-        return
-    everyone = [json.loads(message) for message in comm.exchange(json.dumps(lines).encode())]
-    rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
-    for i in range(max(len(everyone[0]), len(everyone[rank]))):
-        first, other = (
-            x[i] if i < len(x) else "nothing more" for x in (everyone[0], everyone[rank])
+    found = find_difference(lines, comm)
+    if found is not None:
+        raise MismatchError(
+            f"the models on {comm.name} differ between ranks, first here: rank 0 has "
+            f"[{found.first}], rank {found.rank} has [{found.other}]. Make the same model on all "
+            "ranks"
         )
-        if first != other:
-            raise MismatchError(
-                f"the models on {comm.name} differ between ranks, first here: rank 0 has "
-                f"[{first}], rank {rank} has [{other}]. Make the same model on all ranks"
-            )
 
 
 def broadcast_model(

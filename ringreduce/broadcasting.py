@@ -6,11 +6,13 @@ optimizer's state: the ranks of a job are processes of one user, who trust each 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from ringreduce import tensors
 from ringreduce.arrays import CPU
@@ -99,20 +101,38 @@ def _named_tensors(source: Any) -> Iterable[tuple[str, Any]]:
         ) from None
 
 
+class Difference(NamedTuple):
+    """Where lists of lines first differ between two ranks."""
+
+    line: int  # its number, from 0
+    first: str  # rank 0's
+    other: str  # that of ...
+    rank: int  # ... the first rank that differs from rank 0
+
+
+def find_difference(lines: list[str], comm: Communicator) -> Difference | None:
+    """Collective: the same on all ranks. None: all have the same lines.
+
+    Digests go first: the description of a large model travels only to be shown.
+    """
+    mine = json.dumps(lines).encode()
+    if len(set(comm.exchange(hashlib.sha256(mine).digest()))) == 1:
+        return None
+    everyone = [json.loads(message) for message in comm.exchange(mine)]
+    rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
+    pairs = zip_longest(everyone[0], everyone[rank], fillvalue="nothing more")
+    return next(Difference(i, a, b, rank) for i, (a, b) in enumerate(pairs) if a != b)
+
+
 def _require_same(what: str, lines: list[str], comm: Communicator) -> None:
     """Collective. Raises the same MismatchError on all ranks unless all have the same lines."""
-    messages = comm.exchange(json.dumps(lines).encode())
-    for rank, message in enumerate(messages):
-        if message != messages[0]:
-            first, other = json.loads(messages[0]), json.loads(message)
-            length = max(len(first), len(other)) + 1
-            first += ["nothing more"] * (length - len(first))
-            other += ["nothing more"] * (length - len(other))
-            i = next(i for i in range(length) if first[i] != other[i])
-            raise MismatchError(
-                f"{what} on {comm.name}, after #{comm.core.sequence}: tensor {i} differs: rank 0 "
-                f"has '{first[i]}', rank {rank} has '{other[i]}'. Make the same model on all ranks"
-            )
+    found = find_difference(lines, comm)
+    if found is not None:
+        raise MismatchError(
+            f"{what} on {comm.name}, after #{comm.core.sequence}: tensor {found.line} differs: "
+            f"rank 0 has '{found.first}', rank {found.rank} has '{found.other}'. Make the same "
+            "model on all ranks"
+        )
 
 
 @dataclass(frozen=True)
