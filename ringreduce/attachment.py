@@ -71,6 +71,8 @@ class Attachment:
 
     def __init__(self, module: nn.Module, options: Options, comm: Communicator | None) -> None:
         """Local; connect() follows. comm: None is the world, which a copy elsewhere has too."""
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
         self.module = module
         self.options = options
         self.comm = comm
@@ -288,8 +290,6 @@ def attach(
     its methods `no_sync`, `join`, `set_weight`, `stats` and `close`. It lives as long as the
     module; close() undoes it. A copy of the module (deepcopy, pickle) is not attached.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
     options = Options(op, bucket_mb, first_bucket_mb, sync_buffers, compression, ignore)
     handle = _Handle(module, options, comm)
     handle.connect()

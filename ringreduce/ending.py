@@ -70,7 +70,12 @@ def _die_with_launcher() -> None:
     except OSError:
         return
     if parent in LAUNCHERS:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends; nothing happens if that has ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def release() -> None:

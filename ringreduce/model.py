@@ -73,8 +73,6 @@ class DistributedModel(nn.Module):
         comm: Communicator | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
         options = Options(op, bucket_mb, first_bucket_mb, sync_buffers, compression, ignore)
         self._attachment = Attachment(module, options, comm)
         self.module = module  # last: from here on, unknown attributes are the module's

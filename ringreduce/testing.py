@@ -7,7 +7,6 @@ leave nothing behind. Functions of the module level are not bound to these ranks
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -33,7 +32,6 @@ Result = TypeVar("Result")
 Meet = Callable[[int, int, bytes], list[bytes]]  # number of the exchange, rank, message
 
 GRACE_S = 2.0  # to show its stacks, or to follow an abort, once a rank is over the time limit
-PR_SET_PDEATHSIG = 1
 
 
 class RankTraceback(Exception):
@@ -288,7 +286,7 @@ def _child_main(
     parent: int,
 ) -> None:
     """The forked rank. multiprocessing leaves without the parent's exit handlers after it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ending.die_with_parent()
     if os.getppid() != parent:  # it died before the line above
         return
     # Shows the stacks of all threads, then does what the signal does: ends the process.
