@@ -10,7 +10,7 @@ import torch
 import wrapped
 from fake_gpu import FakeCuda, cuda, plain
 from torch import Tensor, nn
-from wrapped import TINY, assert_close, assert_equal, build, mlp, normal
+from wrapped import TINY, SumOfBranches, assert_close, assert_equal, build, mlp, normal
 
 import ringreduce as rr
 from ringreduce.c10d_work import Callbacks, GroupWork
@@ -140,17 +140,9 @@ def test_parameters_on_the_cpu_and_on_a_gpu(fake_gpu):
 def test_weights_unused_parameters_and_no_sync(fake_gpu):
     model = build(lambda: nn.ModuleList([mlp(5, 3), mlp(5, 3)]))
 
-    class Branches(nn.Module):
-        def __init__(self, branches):
-            super().__init__()
-            self.branches = branches
-
-        def forward(self, x, which):
-            return sum(self.branches[i](x) for i in which)
-
     def run(comm, to_device):
         rank = comm.rank
-        wrapped_model = DistributedModel(Branches(to_device(model)), comm=comm, **TINY)
+        wrapped_model = DistributedModel(SumOfBranches(to_device(model)), comm=comm, **TINY)
         with wrapped_model.no_sync():
             wrapped_model(data(rank), [0]).square().mean().backward()
         wrapped_model(data(rank), [rank % 2]).square().mean().backward()

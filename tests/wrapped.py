@@ -33,6 +33,17 @@ def mlp(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.Tanh())][:-1])
 
 
+class SumOfBranches(nn.Module):
+    """The sum of those branches that a call names; the others are unused."""
+
+    def __init__(self, branches: nn.ModuleList) -> None:
+        super().__init__()
+        self.branches = branches
+
+    def forward(self, x: Tensor, which: Sequence[int]) -> Any:
+        return sum(self.branches[i](x) for i in which)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import wrapped
 from torch import nn
-from wrapped import TINY, assert_close, assert_equal, build, gradients, mlp, normal
+from wrapped import TINY, SumOfBranches, assert_close, assert_equal, build, gradients, mlp, normal
 
 import ringreduce as rr
 from ringreduce.model import DistributedModel
@@ -175,19 +175,11 @@ def test_parameters_on_the_cpu_and_on_the_gpu():
 def test_no_sync_weights_and_unused_parameters():
     model = build(lambda: nn.ModuleList([mlp(32, 8), mlp(32, 8)]))
 
-    class Branches(nn.Module):
-        def __init__(self, branches):
-            super().__init__()
-            self.branches = branches
-
-        def forward(self, x, which):
-            return sum(self.branches[i](x) for i in which)
-
     def used(model, rank):
         return model(data(rank), [0, 1] if rank else [0]).square().mean()
 
     def run(comm):
-        mine = DistributedModel(Branches(on_gpu(model)), comm=comm, **TINY)
+        mine = DistributedModel(SumOfBranches(on_gpu(model)), comm=comm, **TINY)
         with mine.no_sync():
             used(mine, comm.rank).backward()
         used(mine, comm.rank).backward()
@@ -197,7 +189,7 @@ def test_no_sync_weights_and_unused_parameters():
         used(mine, comm.rank).backward()
         return [*found, gradients(mine)]
 
-    alone = Branches(on_gpu(model))
+    alone = SumOfBranches(on_gpu(model))
     twice = wrapped.mean(SIZE, alone, used, used)
     of_ranks = [wrapped.alone(alone, rank, used) for rank in range(SIZE)]
     weighted = {name: (x + 2 * of_ranks[2][name]) / 3 for name, x in of_ranks[1].items()}
