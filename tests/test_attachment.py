@@ -16,15 +16,12 @@ from wrapped import (
     mean,
     mlp,
     normal,
+    plain_loss,
     times,
 )
 
 import ringreduce as rr
 from ringreduce.testing import run_threads
-
-
-def plain_loss(model, rank):
-    return model(normal(4, 3, seed=rank)).square().sum()
 
 
 def run_attached(models, fn, **options):

@@ -14,6 +14,7 @@ from wrapped import (
     mean,
     mlp,
     normal,
+    plain_loss,
     run_copies,
 )
 
@@ -25,10 +26,6 @@ from ringreduce.testing import run_threads
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNITS = {"bf16": 2**-8, "fp16": 2**-11}  # relative error of one rounding
 named = pytest.mark.parametrize("name", DTYPES)
-
-
-def plain_loss(model, rank):
-    return model(normal(4, 3, seed=rank)).square().sum()
 
 
 @named

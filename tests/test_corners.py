@@ -18,16 +18,13 @@ from wrapped import (
     mean,
     mlp,
     normal,
+    plain_loss,
     run_copies,
     times,
 )
 
 import ringreduce as rr
 from ringreduce.testing import run_threads
-
-
-def plain_loss(model, rank):
-    return model(normal(4, 3, seed=rank)).square().sum()
 
 
 def two_steps(loss):

@@ -16,6 +16,7 @@ from wrapped import (
     mean,
     mlp,
     normal,
+    plain_loss,
     run_copies,
     times,
 )
@@ -38,10 +39,6 @@ class Branches(nn.Module):
         for i in indices:
             x = self.branches[i](x)
         return x
-
-
-def plain_loss(model, rank):
-    return model(normal(4, 3, seed=rank)).square().sum()
 
 
 def test_mean_is_exact():

@@ -20,6 +20,7 @@ from wrapped import (
     mean,
     mlp,
     normal,
+    plain_loss,
     run_copies,
     run_wrapped,
 )
@@ -29,10 +30,6 @@ from ringreduce.model import DistributedModel
 from ringreduce.testing import run_threads
 
 STEPS = 30
-
-
-def plain_loss(model, rank):
-    return model(normal(4, 3, seed=rank)).square().sum()
 
 
 def train(model, rank=0, size=1):

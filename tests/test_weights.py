@@ -15,6 +15,7 @@ from wrapped import (
     mean,
     mlp,
     normal,
+    plain_loss,
     run_copies,
     times,
 )
@@ -76,10 +77,6 @@ def test_training_equals_one_process():
     results = run_copies(2, model, train)
     assert_equal(*results)
     assert_close(results[0], train(model), 1e-11)
-
-
-def plain_loss(model, rank):
-    return model(normal(4, 3, seed=rank)).square().sum()
 
 
 def weighted(model, weights, *losses):

@@ -48,6 +48,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def plain_loss(model: nn.Module, rank: int) -> Tensor:
+    """Of each rank's own data, for a model of three inputs."""
+    return model(normal(4, 3, seed=rank)).square().sum()
+
+
 def run_wrapped(
     models: Sequence[nn.Module], fn: Callable[[DistributedModel, int], Any], **options: Any
 ) -> list[Any]:
