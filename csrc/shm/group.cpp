@@ -142,6 +142,56 @@ bool Group::all_reported() const {
   return true;
 }
 
+std::optional<AbortRecord> Group::find_dead() const {
+  for (int peer = 0; peer < size_; ++peer) {
+    if (!dead(peer)) continue;
+    return AbortRecord{ErrorCode::peer_failed, number_of(peer), number_of(rank_),
+                       describe(peer) + " died (killed, crashed, or left without clean-up)"};
+  }
+  return std::nullopt;
+}
+
+std::optional<AbortRecord> Group::find_lost(uint64_t sequence) const {
+  if (std::optional<AbortRecord> died = find_dead()) return died;
+  for (int peer = 0; peer < size_; ++peer) {
+    // In this order: whoever departed after it came here has done its part.
+    const RankControl& other = control(peer);
+    if (other.departed.load(std::memory_order_acquire) == 0 || has_come(other, sequence)) continue;
+    return AbortRecord{ErrorCode::peer_failed, number_of(peer), number_of(rank_),
+                       describe(peer) + " exited while others wait for it"};
+  }
+  return std::nullopt;
+}
+
+std::string Group::missing(uint64_t sequence) const {
+  std::string late, present;
+  for (int peer = 0; peer < size_; ++peer) {
+    const RankControl& other = control(peer);
+    const char state = process_state(other.pid.load());
+    const std::string stopped = state == 'T' || state == 't' ? ", its process is stopped" : "";
+    if (!has_come(other, sequence)) {
+      const uint32_t last = last_seen(other);
+      const std::string seen = last == 0 ? "it has called nothing yet"
+                                         : "it was last seen in " +
+                                               other.headers[last & 1].load().describe() + " #" +
+                                               std::to_string(last);
+      late +=
+          (late.empty() ? "" : "; ") + describe(peer) + " has not come (" + seen + stopped + ")";
+    } else if (!stopped.empty()) {
+      present +=
+          (present.empty() ? "" : "; ") + describe(peer) + " has come, but" + stopped.substr(1);
+    }
+  }
+  return late + (late.empty() || present.empty() ? "" : "; ") + present;
+}
+
+AbortRecord timed_out(const Group& group, double after_s, const std::string& why) {
+  char seconds[32];
+  std::snprintf(seconds, sizeof(seconds), "%g", after_s);
+  return {ErrorCode::timeout, -1, group.number_of(group.rank()),
+          std::string("no end after ") + seconds + " s: " + why};
+}
+
 bool GroupWatch::stop() {
   const int64_t now = now_ns();
   if (begin_ns_ == 0) {
@@ -175,27 +225,6 @@ bool GroupWatch::check_user(int64_t now) {
   return true;
 }
 
-std::optional<AbortRecord> Group::find_dead() const {
-  for (int peer = 0; peer < size_; ++peer) {
-    if (!dead(peer)) continue;
-    return AbortRecord{ErrorCode::peer_failed, number_of(peer), number_of(rank_),
-                       describe(peer) + " died (killed, crashed, or left without clean-up)"};
-  }
-  return std::nullopt;
-}
-
-std::optional<AbortRecord> Group::find_lost(uint64_t sequence) const {
-  if (std::optional<AbortRecord> died = find_dead()) return died;
-  for (int peer = 0; peer < size_; ++peer) {
-    // In this order: whoever departed after it came here has done its part.
-    const RankControl& other = control(peer);
-    if (other.departed.load(std::memory_order_acquire) == 0 || has_come(other, sequence)) continue;
-    return AbortRecord{ErrorCode::peer_failed, number_of(peer), number_of(rank_),
-                       describe(peer) + " exited while others wait for it"};
-  }
-  return std::nullopt;
-}
-
 void GroupWatch::check_time(int64_t now) {
   const double waited_s = static_cast<double>(now - begin_ns_) * 1e-9;
   if (!warned_ && waited_s >= limits_.warn_after_s) {
@@ -221,35 +250,6 @@ std::string GroupWatch::why_long(const std::string& missing) const {
   if (!missing.empty()) return missing;
   return group_.remote() ? "all ranks of this host have come"
                          : "all ranks have come, but not all have finished";
-}
-
-AbortRecord timed_out(const Group& group, double after_s, const std::string& why) {
-  char seconds[32];
-  std::snprintf(seconds, sizeof(seconds), "%g", after_s);
-  return {ErrorCode::timeout, -1, group.number_of(group.rank()),
-          std::string("no end after ") + seconds + " s: " + why};
-}
-
-std::string Group::missing(uint64_t sequence) const {
-  std::string late, present;
-  for (int peer = 0; peer < size_; ++peer) {
-    const RankControl& other = control(peer);
-    const char state = process_state(other.pid.load());
-    const std::string stopped = state == 'T' || state == 't' ? ", its process is stopped" : "";
-    if (!has_come(other, sequence)) {
-      const uint32_t last = last_seen(other);
-      const std::string seen = last == 0 ? "it has called nothing yet"
-                                         : "it was last seen in " +
-                                               other.headers[last & 1].load().describe() + " #" +
-                                               std::to_string(last);
-      late +=
-          (late.empty() ? "" : "; ") + describe(peer) + " has not come (" + seen + stopped + ")";
-    } else if (!stopped.empty()) {
-      present +=
-          (present.empty() ? "" : "; ") + describe(peer) + " has come, but" + stopped.substr(1);
-    }
-  }
-  return late + (late.empty() || present.empty() ? "" : "; ") + present;
 }
 
 }  // namespace ringreduce
