@@ -63,8 +63,7 @@ Node::Node(int rank, int size, const Exchange& exchange, bool in_process, const 
     nodes_[index].push_back(peer);
     if (theirs != mine) continue;
     node_ = static_cast<int>(index);
-    if (peer == rank) local_rank_ = static_cast<int>(ranks_.size());
-    ranks_.push_back(peer);
+    if (peer == rank) local_rank_ = static_cast<int>(nodes_[index].size()) - 1;
     node_masks.push_back(masks[static_cast<size_t>(peer)]);
   }
   try {
@@ -93,7 +92,7 @@ void Node::connect(const Exchange& exchange, Deadline deadline) {
   const bool leads = local_rank_ == 0;
   const std::string name = leads && local_size() > 1 ? random_name() : "";
   const Listener listener{name.empty() ? -1 : listen_on(name, local_size())};
-  const std::string leader = exchange(name)[static_cast<size_t>(ranks_[0])];
+  const std::string leader = exchange(name)[static_cast<size_t>(ranks()[0])];
   if (!leads) {
     const int32_t local_rank = local_rank_;
     sockets_.push_back(connect_to(leader, deadline));
@@ -172,7 +171,7 @@ Segment Node::create_segment(size_t size_bytes, Deadline deadline) {
   if (std::any_of(failures.begin(), failures.end(),
                   [](const auto& text) { return !text.empty(); })) {
     if (fd >= 0) close(fd);
-    throw_first(failures, ranks_);
+    throw_first(failures, ranks());
   }
   if (fd >= 0) {
     const std::vector<int> fds = exchange_fds(fd, deadline);
@@ -186,7 +185,7 @@ Segment Node::create_segment(size_t size_bytes, Deadline deadline) {
       }
       close(fds[peer]);
     }
-    throw_first(exchange(failure, deadline), ranks_);
+    throw_first(exchange(failure, deadline), ranks());
   } else if (local_size() > 1) {
     // Threads of one process: pass the addresses of the owners' pointers, which live until all have
     // copied.

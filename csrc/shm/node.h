@@ -22,9 +22,9 @@ class Node {
   ~Node();
 
   int local_rank() const { return local_rank_; }
-  int local_size() const { return static_cast<int>(ranks_.size()); }
+  int local_size() const { return static_cast<int>(ranks().size()); }
   /// Ranks of the communicator, by local rank.
-  const std::vector<int>& ranks() const { return ranks_; }
+  const std::vector<int>& ranks() const { return nodes_[static_cast<size_t>(node_)]; }
   int num_nodes() const { return static_cast<int>(nodes_.size()); }
   /// The ranks of all nodes, this one among them, in the order of their first ranks.
   const std::vector<std::vector<int>>& nodes() const { return nodes_; }
@@ -48,7 +48,6 @@ class Node {
   int local_rank_ = 0, node_ = 0, cores_ = 1;
   std::vector<std::vector<int>> nodes_;
   bool in_process_;
-  std::vector<int> ranks_;
   std::vector<int> sockets_;  // leader: by local rank (own: -1); others: one, to the leader
 };
 
