@@ -12,6 +12,8 @@ DTYPES: dict[str, int]
 ITEM_BYTES: tuple[int, ...]
 ALGORITHMS: tuple[str, ...]
 CONSTANTS: dict[str, float]
+NETWORK_CHUNK_BYTES: int
+NETWORK_LANES: int
 ACROSS_ALGORITHMS: tuple[str, ...]
 
 def build_info() -> dict[str, str]: ...

@@ -18,15 +18,13 @@ from dataclasses import replace
 import numpy as np
 
 import ringreduce as rr
-from ringreduce import bench_timing, tuning
+from ringreduce import _core, bench_timing, tuning
 from ringreduce.bench_peers import Loop
 from ringreduce.info import SIZES, print_tuning, tuning_report
 
 BLOCKS = 9  # of a loop; the median counts
 SMALL_BYTES = tuple(1 << power for power in range(10, 16))  # where one_shot may end
 INSIDE_BYTES = (1 << 20, 16 << 20)
-CHUNK_BYTES = 60 << 10  # a message between nodes
-LANES = 4  # of a ring between nodes, all busy
 LARGEST_CHECKED_BYTES = 16 << 20
 
 
@@ -139,7 +137,9 @@ def measure_network(world: rr.Communicator, share_s: float) -> dict[str, float]:
     rails = int(world.allgather(np.array([world.local_size])).min())
     nodes = world.core.window_info()["nodes"]
     rail = world.split(world.local_rank if world.local_rank < rails else None, algorithm="ring")
-    sizes_bytes = [times * nodes * LANES * CHUNK_BYTES for times in (1, 3)]
+    # Of a ring between nodes in which all lanes are busy.
+    least_bytes = nodes * _core.NETWORK_LANES * _core.NETWORK_CHUNK_BYTES
+    sizes_bytes = [least_bytes, 3 * least_bytes]
     factor = 2 * (nodes - 1) / nodes
     found = {}
     if rail is not None and world.local_rank == 0:

@@ -8,6 +8,7 @@
 #include "bindings/bindings.h"
 #include "comm/tuner.h"
 #include "cuda/gpu.h"
+#include "net/wire.h"
 #include "reduce/reduce.h"
 
 namespace nb = nanobind;
@@ -51,6 +52,8 @@ void register_words(nb::module_& m) {
   nb::dict constants;
   for (const ConstantName& each : constant_names) constants[each.name] = Constants{}.*each.value;
   m.attr("CONSTANTS") = constants;  // the source's, where each rank has a core
+  m.attr("NETWORK_CHUNK_BYTES") = NetWire::slot_bytes;
+  m.attr("NETWORK_LANES") = NetWire::lanes;
   m.attr("KINDS") = kinds;
   m.attr("OPS") = ops;
   m.attr("DTYPES") = dtypes;
