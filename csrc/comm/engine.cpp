@@ -12,15 +12,6 @@ thread_local bool is_progress_thread = false;
 
 bool Engine::on_progress_thread() { return is_progress_thread; }
 
-std::exception_ptr Engine::execute(const Task& task, Work& work) {
-  try {
-    task(work);
-    return nullptr;
-  } catch (...) {
-    return std::current_exception();
-  }
-}
-
 Engine::Turn::Turn(Engine& engine) : engine_(engine) {
   std::lock_guard lock(engine_.mutex_);
   if (engine_.stopped_) throw Error(ErrorCode::closed, "the communicator is closed");
@@ -63,7 +54,12 @@ void Engine::progress() {
     queue_.pop_front();
     busy_ = true;
     lock.unlock();
-    const std::exception_ptr error = execute(entry.task, *entry.work);
+    std::exception_ptr error;
+    try {
+      entry.task(*entry.work);
+    } catch (...) {
+      error = std::current_exception();
+    }
     entry.task = nullptr;  // what it holds is released before anybody may count on it
     lock.lock();
     busy_ = false;

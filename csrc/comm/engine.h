@@ -54,7 +54,6 @@ class Engine : public std::enable_shared_from_this<Engine> {
     Task task;
     std::shared_ptr<Work> work;
   };
-  static std::exception_ptr execute(const Task& task, Work& work);
   void progress();
 
   std::mutex mutex_;  // of everything below
