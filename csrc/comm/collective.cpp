@@ -33,6 +33,21 @@ TraceRecord record_of(const Core& core, const Call& call, const Work& work, int6
   return record;
 }
 
+/// Throws on all nodes what one of them says, or they would be out of step. Empty: nothing.
+void throw_on_all_nodes(Core& core, const std::string& failure, const Interrupted& interrupted) {
+  char failed = failure.empty() ? 0 : 1;
+  Call tell;
+  tell.kind = Kind::allreduce;
+  tell.op = Op::max;
+  tell.dtype = Dtype::u8;
+  tell.tensors = {{&failed, &failed, {{1}, {}}, {{1}, {}}}};
+  Work told;
+  run_collective(core, tell, told, interrupted);
+  if (failed == 0) return;
+  throw Error(ErrorCode::resource,
+              failure.empty() ? "another host could not allocate the memory" : failure);
+}
+
 }  // namespace
 
 void run_on_host(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
@@ -80,42 +95,19 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
   call.device = device;
   Work work;
   run_collective(core, call, work, interrupted);
-  const Header header = call.header(core.sequence.load());
-  GroupWatch watch = core.watch(header, interrupted);
-  const std::function<bool()> stop = [&watch] { return watch.stop(); };
-  Deadline deadline = Deadline::after_s(core.options.timeout_s);
-  deadline.stop = &stop;
+  const auto allocate = [&](Deadline deadline) {
+    return device < 0 ? core.arena->allocate(core.node, size_bytes, deadline)
+                      : accelerator_of(core, device, deadline).allocate(core, size_bytes, deadline);
+  };
   std::shared_ptr<Block> block;
   std::string failure;
   try {
-    block = device < 0
-                ? core.arena->allocate(core.node, size_bytes, deadline)
-                : accelerator_of(core, device, deadline).allocate(core, size_bytes, deadline);
+    block = set_up_together(core, call.header(core.sequence.load()), interrupted, allocate);
   } catch (const Error& error) {
-    // A lack of memory is told to all ranks of a node alike; else somebody has left, or the user
-    // wants out.
-    if (error.code() == ErrorCode::resource && core.cluster) {
-      failure = error.what();
-    } else {
-      if (error.code() == ErrorCode::resource || !watch.stop()) throw;
-      throw_aborted(core, header);
-    }
+    if (error.code() != ErrorCode::resource || !core.cluster) throw;
+    failure = error.what();
   }
-  if (core.cluster) {
-    // Other nodes fail with the one that did, or they would be out of step.
-    char failed = failure.empty() ? 0 : 1;
-    Call tell;
-    tell.kind = Kind::allreduce;
-    tell.op = Op::max;
-    tell.dtype = Dtype::u8;
-    tell.tensors = {{&failed, &failed, {{1}, {}}, {{1}, {}}}};
-    Work told;
-    run_collective(core, tell, told, interrupted);
-    if (failed != 0) {
-      throw Error(ErrorCode::resource,
-                  failure.empty() ? "another host could not allocate the memory" : failure);
-    }
-  }
+  if (core.cluster) throw_on_all_nodes(core, failure, interrupted);
   return block;
 }
 

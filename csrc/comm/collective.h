@@ -2,6 +2,7 @@
 // runs is in on_node.cpp, across.cpp and on_gpu.cpp.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "comm/communicator.h"
@@ -27,5 +28,23 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
 /// Throws what ended the communicator, during this collective or another one.
 [[noreturn]] void throw_aborted(const Core& core, const Header& header);
 [[noreturn]] void throw_aborted(const Core& core, const std::string& during);
+
+/// What ranks set up together once they have met: set_up(deadline), where a rank that gives up ends
+/// the waits of the others. A lack of something is told to all of them; else who fails has left, or
+/// wants out.
+template <class SetUp>
+decltype(auto) set_up_together(Core& core, const Header& header, const Interrupted& interrupted,
+                               SetUp set_up) {
+  GroupWatch watch = core.watch(header, interrupted);
+  const std::function<bool()> stop = [&watch] { return watch.stop(); };
+  Deadline deadline = Deadline::after_s(core.options.timeout_s);
+  deadline.stop = &stop;
+  try {
+    return set_up(deadline);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::resource || !watch.stop()) throw;
+    throw_aborted(core, header);
+  }
+}
 
 }  // namespace ringreduce
