@@ -26,24 +26,31 @@ std::string identity(bool in_process) {
          (in_process ? std::to_string(getpid()) : "processes");
 }
 
-void throw_first(const std::vector<std::string>& failures, const std::vector<int>& ranks) {
-  for (size_t index = 0; index < failures.size(); ++index) {
-    if (!failures[index].empty()) {
-      throw Error(ErrorCode::resource,
-                  "rank " + std::to_string(ranks[index]) + ": " + failures[index]);
-    }
+/// What `attempt` throws, as text; empty if it goes well.
+template <class Attempt>
+std::string failure_of(Attempt attempt) {
+  try {
+    attempt();
+  } catch (const Error& error) {
+    return error.what();
   }
+  return "";
 }
 
-/// Closes it on every way out.
-struct Listener {
-  int fd;
-  ~Listener() {
-    if (fd >= 0) close(fd);
-  }
-};
-
 }  // namespace
+
+/// A file descriptor, closed on every way out.
+struct Node::Fd {
+  int number = -1;
+
+  Fd() = default;
+  explicit Fd(int number) : number(number) {}
+  ~Fd() {
+    if (number >= 0) close(number);
+  }
+  Fd(const Fd&) = delete;
+  Fd& operator=(const Fd&) = delete;
+};
 
 Node::Node(int rank, int size, const Exchange& exchange, bool in_process, const std::string& host,
            Deadline deadline)
@@ -91,7 +98,7 @@ void Node::close_sockets() {
 void Node::connect(const Exchange& exchange, Deadline deadline) {
   const bool leads = local_rank_ == 0;
   const std::string name = leads && local_size() > 1 ? random_name() : "";
-  const Listener listener{name.empty() ? -1 : listen_on(name, local_size())};
+  const Fd listener(name.empty() ? -1 : listen_on(name, local_size()));
   const std::string leader = exchange(name)[static_cast<size_t>(ranks()[0])];
   if (!leads) {
     const int32_t local_rank = local_rank_;
@@ -102,7 +109,7 @@ void Node::connect(const Exchange& exchange, Deadline deadline) {
   if (leads) {
     sockets_.assign(static_cast<size_t>(local_size()), -1);
     for (int peer = 1; peer < local_size(); ++peer) {
-      const int socket = accept_from(listener.fd, deadline);
+      const int socket = accept_from(listener.number, deadline);
       int32_t local_rank = 0;
       receive_all(socket, &local_rank, sizeof(local_rank), deadline);
       if (local_rank < 1 || local_rank >= local_size() ||
@@ -131,72 +138,73 @@ std::vector<std::string> Node::exchange(const std::string& message, Deadline dea
   return messages;
 }
 
-/// The memfds of all ranks, by local rank; the caller closes them, its own among them.
-std::vector<int> Node::exchange_fds(int fd, Deadline deadline) {
-  std::vector<int> fds(static_cast<size_t>(local_size()), -1);
-  fds[static_cast<size_t>(local_rank_)] = fd;
-  if (local_rank_ != 0) {
-    send_fd(sockets_[0], fd, deadline);
-    for (int peer = 0; peer < local_size(); ++peer) {
-      if (peer != local_rank_) fds[static_cast<size_t>(peer)] = receive_fd(sockets_[0], deadline);
-    }
-    return fds;
+/// All throw what any of them has failed with.
+void Node::throw_alike(const std::string& failure, Deadline deadline) {
+  const std::vector<std::string> failures = exchange(failure, deadline);
+  for (size_t local = 0; local < failures.size(); ++local) {
+    if (failures[local].empty()) continue;
+    throw Error(ErrorCode::resource,
+                "rank " + std::to_string(ranks()[local]) + ": " + failures[local]);
   }
-  for (size_t peer = 1; peer < fds.size(); ++peer) fds[peer] = receive_fd(sockets_[peer], deadline);
+}
+
+/// Adds those of the other ranks, by local rank, to this one's.
+void Node::exchange_fds(std::vector<Fd>& fds, Deadline deadline) {
+  const auto me = static_cast<size_t>(local_rank_);
+  if (me != 0) {
+    send_fd(sockets_[0], fds[me].number, deadline);
+    for (size_t peer = 0; peer < fds.size(); ++peer) {
+      if (peer != me) fds[peer].number = receive_fd(sockets_[0], deadline);
+    }
+    return;
+  }
+  for (size_t peer = 1; peer < fds.size(); ++peer) {
+    fds[peer].number = receive_fd(sockets_[peer], deadline);
+  }
   for (size_t peer = 1; peer < fds.size(); ++peer) {
     for (size_t owner = 0; owner < fds.size(); ++owner) {
-      if (owner != peer) send_fd(sockets_[peer], fds[owner], deadline);
+      if (owner != peer) send_fd(sockets_[peer], fds[owner].number, deadline);
     }
   }
-  return fds;
+}
+
+/// Among processes: each maps the memfds of all.
+void Node::share_memfds(Segment& segment, Deadline deadline) {
+  std::vector<Fd> fds(segment.blocks.size());
+  Fd& own = fds[static_cast<size_t>(local_rank_)];
+  throw_alike(failure_of([&] { own.number = create_memfd(segment.size_bytes); }), deadline);
+  exchange_fds(fds, deadline);
+  throw_alike(failure_of([&] {
+                for (size_t peer = 0; peer < fds.size(); ++peer) {
+                  segment.blocks[peer] = map_memfd(fds[peer].number, segment.size_bytes);
+                }
+              }),
+              deadline);
+}
+
+/// Among threads of one process, or for one rank alone.
+void Node::share_pages(Segment& segment, Deadline deadline) {
+  std::shared_ptr<Memory>& own = segment.blocks[static_cast<size_t>(local_rank_)];
+  throw_alike(failure_of([&] { own = allocate_pages(segment.size_bytes); }), deadline);
+  // The addresses of the owners' pointers, which live until all have copied.
+  const auto address = reinterpret_cast<uintptr_t>(&own);
+  const std::vector<std::string> addresses = exchange(std::to_string(address), deadline);
+  for (size_t peer = 0; peer < addresses.size(); ++peer) {
+    if (static_cast<int>(peer) == local_rank_) continue;
+    segment.blocks[peer] =
+        *reinterpret_cast<std::shared_ptr<Memory>*>(std::stoull(addresses[peer]));
+  }
+  exchange("", deadline);
 }
 
 Segment Node::create_segment(size_t size_bytes, Deadline deadline) {
   Segment segment;
   segment.size_bytes = size_bytes;
   segment.blocks.resize(static_cast<size_t>(local_size()));
-  std::shared_ptr<Memory>& own = segment.blocks[static_cast<size_t>(local_rank_)];
-  int fd = -1;
-  std::string failure;
-  try {
-    if (in_process_ || local_size() == 1) {
-      own = allocate_pages(size_bytes);
-    } else {
-      fd = create_memfd(size_bytes);
-    }
-  } catch (const Error& error) {
-    failure = error.what();
-  }
-  const std::vector<std::string> failures = exchange(failure, deadline);
-  if (std::any_of(failures.begin(), failures.end(),
-                  [](const auto& text) { return !text.empty(); })) {
-    if (fd >= 0) close(fd);
-    throw_first(failures, ranks());
-  }
-  if (fd >= 0) {
-    const std::vector<int> fds = exchange_fds(fd, deadline);
-    for (size_t peer = 0; peer < fds.size(); ++peer) {
-      if (failure.empty()) {
-        try {
-          segment.blocks[peer] = map_memfd(fds[peer], size_bytes);
-        } catch (const Error& error) {
-          failure = error.what();
-        }
-      }
-      close(fds[peer]);
-    }
-    throw_first(exchange(failure, deadline), ranks());
-  } else if (local_size() > 1) {
-    // Threads of one process: pass the addresses of the owners' pointers, which live until all have
-    // copied.
-    const auto address = reinterpret_cast<uintptr_t>(&own);
-    const std::vector<std::string> addresses = exchange(std::to_string(address), deadline);
-    for (size_t peer = 0; peer < addresses.size(); ++peer) {
-      if (static_cast<int>(peer) == local_rank_) continue;
-      segment.blocks[peer] =
-          *reinterpret_cast<std::shared_ptr<Memory>*>(std::stoull(addresses[peer]));
-    }
-    exchange("", deadline);
+  if (in_process_ || local_size() == 1) {
+    share_pages(segment, deadline);
+  } else {
+    share_memfds(segment, deadline);
   }
   return segment;
 }

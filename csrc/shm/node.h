@@ -43,7 +43,11 @@ class Node {
  private:
   void connect(const Exchange& exchange, Deadline deadline);
   void close_sockets();
-  std::vector<int> exchange_fds(int fd, Deadline deadline);
+  struct Fd;
+  void exchange_fds(std::vector<Fd>& fds, Deadline deadline);
+  void share_memfds(Segment& segment, Deadline deadline);
+  void share_pages(Segment& segment, Deadline deadline);
+  void throw_alike(const std::string& failure, Deadline deadline);
 
   int local_rank_ = 0, node_ = 0, cores_ = 1;
   std::vector<std::vector<int>> nodes_;
