@@ -24,6 +24,43 @@ int smallest_node(const std::vector<std::vector<int>>& ranks) {
   return static_cast<int>(smallest);
 }
 
+/// Collective. Throws on all ranks what one of them fails with.
+Network open_on_all_ranks(const OpenNetwork& open_network, const Exchange& exchange, int rank,
+                          int nodes) {
+  Network network;
+  std::string failure;
+  try {
+    if (!open_network) {
+      throw Error(ErrorCode::resource,
+                  "the ranks are on " + std::to_string(nodes) +
+                      " hosts, and between hosts ringreduce needs MPI: start them with mpirun");
+    }
+    network = open_network();
+  } catch (const std::exception& error) {
+    failure = "rank " + std::to_string(rank) + ": " + error.what();
+  }
+  for (const std::string& text : exchange(failure)) {
+    if (!text.empty()) throw Error(ErrorCode::resource, text);
+  }
+  return network;
+}
+
+/// Collective. Of the tags that no rank has used: past all the communicators that any of them
+/// has been a member of.
+int first_unused_tag(const Exchange& exchange, int max_tag) {
+  int communicator = 0;
+  for (const std::string& each : exchange(std::to_string(next_communicator.load()))) {
+    communicator = std::max(communicator, std::stoi(each));
+  }
+  next_communicator.store(communicator + 1);
+  if (communicator >= max_tag / tags_per_communicator) {
+    throw Error(ErrorCode::resource, "this process has been a member of " +
+                                         std::to_string(communicator) +
+                                         " communicators across hosts, and MPI's tags are used up");
+  }
+  return communicator * tags_per_communicator;
+}
+
 }  // namespace
 
 Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& exchange,
@@ -34,33 +71,8 @@ Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& excha
       rails_(smallest_node(ranks_)),
       engine_(std::make_shared<Engine>()),
       departure_told_(static_cast<size_t>(group.size())) {
-  Network network;
-  std::string failure;
-  try {
-    if (!open_network) {
-      throw Error(ErrorCode::resource,
-                  "the ranks are on " + std::to_string(nodes()) +
-                      " hosts, and between hosts ringreduce needs MPI: start them with mpirun");
-    }
-    network = open_network();
-  } catch (const std::exception& error) {
-    failure = "rank " + std::to_string(rank) + ": " + error.what();
-  }
-  for (const std::string& text : exchange(failure)) {
-    if (!text.empty()) throw Error(ErrorCode::resource, text);
-  }
-  // A tag that no rank has used: more than all the numbers that its members know.
-  int communicator = 0;
-  for (const std::string& each : exchange(std::to_string(next_communicator.load()))) {
-    communicator = std::max(communicator, std::stoi(each));
-  }
-  next_communicator.store(communicator + 1);
-  if (communicator >= network.mpi->max_tag / tags_per_communicator) {
-    throw Error(ErrorCode::resource, "this process has been a member of " +
-                                         std::to_string(communicator) +
-                                         " communicators across hosts, and MPI's tags are used up");
-  }
-  const int first_tag = communicator * tags_per_communicator;
+  const Network network = open_on_all_ranks(open_network, exchange, rank, nodes());
+  const int first_tag = first_unused_tag(exchange, network.mpi->max_tag);
   const std::vector<int> numbers = learn_numbers(exchange, network);
   std::vector<int> leader_numbers, rail_numbers;
   for (const std::vector<int>& members : ranks_) {
