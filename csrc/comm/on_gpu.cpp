@@ -68,20 +68,11 @@ class OnGpu {
     digest_ = meeting.header(0).digest();
   }
 
-  /// A rank that gives up while the others set the GPU up ends their waits.
   Accelerator& open() const {
-    const Header header = call_.header(core_.sequence.load());
-    GroupWatch watch(core_.group, header, {core_.options.warn_after_s, core_.options.timeout_s},
-                     interrupted_, core_.closing);
-    const std::function<bool()> stop = [&watch] { return watch.stop(); };
-    Deadline deadline = Deadline::after_s(core_.options.timeout_s);
-    deadline.stop = &stop;
-    try {
-      return accelerator_of(core_, call_.device, deadline);
-    } catch (const Error& error) {
-      if (error.code() == ErrorCode::resource || !watch.stop()) throw;
-      throw_failure();
-    }
+    return set_up_together(core_, call_.header(core_.sequence.load()), interrupted_,
+                           [this](Deadline deadline) -> Accelerator& {
+                             return accelerator_of(core_, call_.device, deadline);
+                           });
   }
 
   /// Elements of the whole message, and where each rank's part of it begins.
@@ -173,8 +164,7 @@ class OnGpu {
 
   void wait_for(cuda::Event& event) {
     const Header header = call_.header(core_.sequence.load());
-    GroupWatch watch(core_.group, header, {core_.options.warn_after_s, core_.options.timeout_s},
-                     interrupted_, core_.closing);
+    GroupWatch watch = core_.watch(header, interrupted_);
     for (int look = 0; !event.done(); ++look) {
       if (look < spins) continue;
       if (watch.stop()) throw_failure();
