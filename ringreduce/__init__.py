@@ -1,4 +1,4 @@
-"""ringreduce: collectives and data-parallel training for ranks started by mpirun.
+"""Collectives and data-parallel training for ranks started by mpirun.
 
 Importing it starts nothing: no MPI, no CUDA, no torch. The first call that needs other ranks does.
 """

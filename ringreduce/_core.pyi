@@ -15,6 +15,7 @@ CONSTANTS: dict[str, float]
 NETWORK_CHUNK_BYTES: int
 NETWORK_LANES: int
 ACROSS_ALGORITHMS: tuple[str, ...]
+SIMULATED_ALGORITHMS: tuple[str, ...]
 
 def build_info() -> dict[str, str]: ...
 def cuda_info() -> dict[str, Any]: ...
@@ -111,6 +112,23 @@ class Communicator:
     def forecast(self, size_bytes: int, /) -> tuple[str, int, int, float]: ...
     def constants(self) -> dict[str, float]: ...
 
+def simulate(
+    algorithm: str,
+    inputs: npt.NDArray[np.uint8],
+    dtype: int,
+    op: int,
+    chunk: int,
+    *,
+    lengths: list[int] | None = None,
+    alpha_s: float = 1.0,
+    beta_s_per_byte: float = 0.0,
+    slots: int = 2,
+    claims: bool = False,
+    random_order: bool = False,
+    max_delay_s: float = 0.0,
+    seed: int = 0,
+    lead: int = 1,
+) -> dict[str, Any]: ...
 def simulate_cluster(
     local_sizes: list[int],
     inputs: npt.NDArray[np.uint8],

@@ -1,4 +1,4 @@
-"""Attachment: what makes the ranks' copies of a module one model. attach() adds it to a module.
+"""What makes the ranks' copies of a module one model: attach() adds it to a module.
 
 DistributedModel is one wrapped around a module. What ranks must agree on is in agreement.py, how
 gradients are reduced in gradients.py, in which portions in buckets.py.

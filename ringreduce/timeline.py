@@ -1,4 +1,4 @@
-"""timeline(): one file that shows what all ranks did, for ui.perfetto.dev or chrome://tracing.
+"""One file that shows what all ranks did: timeline(), for ui.perfetto.dev or chrome://tracing.
 
 Each rank records (recording.py); at the end rank 0 gathers it all, brings it to its own clock
 (clocks.py) and writes it in the Trace Event Format.

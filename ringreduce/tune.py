@@ -1,4 +1,4 @@
-"""`mpirun ... python -m ringreduce.tune FILE.json`: what the links of this cluster cost.
+"""What the links of this cluster cost: `mpirun ... python -m ringreduce.tune FILE.json`.
 
 Measures between the hosts and inside of them, with the job's own ranks and wires, and writes the
 constants by which RINGREDUCE_TUNING=FILE.json makes ringreduce choose. Changes no setting.

@@ -1,4 +1,4 @@
-// One collective on a simulated machine, from the inputs of all ranks to their outputs, with counts
+// One collective on a simulated machine: from the inputs of all ranks to their outputs, with counts
 // and times. This is what tests and programs call.
 #pragma once
 
