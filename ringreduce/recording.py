@@ -12,7 +12,9 @@ from typing import Any
 
 from ringreduce import _core
 
-NO_OP = ("barrier", "allgather", "broadcast", "allocate")  # whose records have an op by chance
+# Whose records have an op, or also a dtype and an algorithm, by chance only.
+NO_OP = ("barrier", "allgather", "broadcast", "empty")
+NO_DATA = ("barrier", "empty")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def spans_of(record: tuple[Any, ...]) -> list[Span]:
         "sequence": sequence,
         "thread": "progress" if on_progress_thread else "caller",
     }
-    if kind not in ("barrier", "allocate"):
+    if kind not in NO_DATA:
         details |= {"dtype": dtype, "algorithm": algorithm}
     if kind not in NO_OP:
         details["op"] = op

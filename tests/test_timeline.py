@@ -91,6 +91,7 @@ def test_one_event_for_each_collective(tmp_path, ranks):
             comm.allgather(np.ones(comm.rank, "i4"))
             part = comm.split(0)
             part.broadcast_(np.ones(3))
+            part.empty(10, "f8")
             part.close()
         comm.barrier()
 
@@ -106,6 +107,8 @@ def test_one_event_for_each_collective(tmp_path, ranks):
         assert [e["algorithm"] for e in reduced] == ["one_shot"] * 5 + ["two_shot", "one_shot"]
         assert len({e["sequence"] for e in reduced}) == 7
         assert [e["args"]["bytes"] for e in mine if e["name"] == "broadcast"] == [24]
+        allocated = [e["args"] for e in mine if e["name"] == "empty"]
+        assert [set(e) for e in allocated] == [{"bytes", "sequence", "thread"}]
         tracks = {lines(path)[e["pid"], e["tid"]] for e in mine}
         assert tracks == {"communication (test)", "communication (world/2.0)"}
         assert not [e for e in mine if e["name"] == "barrier"]
