@@ -7,7 +7,6 @@ call, on the caller's current stream; nothing here waits for a device.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -15,13 +14,11 @@ from typing import Any, cast
 from ringreduce import _core, tensors
 from ringreduce.arrays import DTYPE_NAMES, Array, DeviceFramework
 
-# Complex numbers have no order, and truth values have no average.
-UNDEFINED = {("avg", "bool"), *itertools.product(("min", "max"), ("complex64", "complex128"))}
 OP_INDEX = {
     (op, dtype): op_index
     for op, op_index in _core.OPS.items()
-    for name, dtype in _core.DTYPES.items()
-    if (op, name) not in UNDEFINED
+    for dtype in _core.DTYPES.values()
+    if _core.supports(op_index, dtype)
 }
 
 # Streams that stand for "the default one", which waits for all others of its device.

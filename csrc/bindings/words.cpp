@@ -59,6 +59,10 @@ void register_words(nb::module_& m) {
   m.attr("DTYPES") = dtypes;
   m.attr("ITEM_BYTES") = nb::tuple(item_bytes);  // by the number of the dtype
   m.attr("ALGORITHMS") = nb::tuple(algorithms);
+  m.def(
+      "supports",
+      [](int op, int dtype) { return supports(static_cast<Op>(op), static_cast<Dtype>(dtype)); },
+      "Whether an operation is defined for a dtype.");
   m.def("cuda_info", &cuda_info,
         "built: with which CUDA, empty for none. runtime: versions. devices: how many. "
         "unavailable: why there is none.");
