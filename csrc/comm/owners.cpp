@@ -1,7 +1,5 @@
 #include "comm/owners.h"
 
-#include <algorithm>
-
 #include "algorithms/hierarchical.h"
 #include "algorithms/ring.h"
 
