@@ -14,6 +14,7 @@ torch's own store listens on a TCP port; `ringreduce.c10d.init_process_group` on
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -154,8 +155,10 @@ def _print_errors_at_once() -> None:
     sys.excepthook = uncaught
 
 
-def _create(options: Any, _: Any) -> ProcessGroup:
+def _create(options: Any, backend_options: Any) -> ProcessGroup:
     """Collective over the members of the group: what torch calls to make one."""
+    if backend_options is not None:
+        raise TypeError(f"ringreduce has no pg_options, but got {type(backend_options).__name__}")
     store: Any = _PolledStore(options.store)
     rank, size = options.group_rank, options.group_size
     ranks = tuple(options.global_ranks_in_group)
@@ -184,5 +187,24 @@ def _create(options: Any, _: Any) -> ProcessGroup:
     return ProcessGroup(rank, size, open_communicator, counts, settings.timeout_s)
 
 
+def _let_groups_monitor_barriers() -> None:
+    """torch's function refuses all groups but Gloo's. Ours have the method, too."""
+    refusing = dist.monitored_barrier
+
+    @functools.wraps(refusing)
+    def monitored_barrier(
+        group: Any = None, timeout: Any = None, wait_all_ranks: bool = False
+    ) -> None:
+        own = group if group is not None else dist.group.WORLD
+        if not isinstance(own, ProcessGroup):
+            return refusing(group, timeout, wait_all_ranks)
+        if isinstance(timeout, (int, float)):
+            timeout = timedelta(seconds=timeout)
+        return own.monitored_barrier(timeout, wait_all_ranks)
+
+    dist.monitored_barrier = dist.distributed_c10d.monitored_barrier = monitored_barrier
+
+
+_let_groups_monitor_barriers()
 dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
 _fill_environment()

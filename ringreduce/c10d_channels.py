@@ -50,10 +50,11 @@ class Channels:
         self._lock = threading.Lock()
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Pending:
-        channel = self._channel(self._rank, to, tag)
+        channel = self._channel(self._rank, self._peer(to), tag)
         return Pending(channel.submit(tensor.detach(), False), tensor.device)
 
     def receive(self, tensor: Tensor, source: int, tag: int) -> Pending:
+        self._peer(source)
         with self._lock:
             mailbox = self._mailboxes.get(tag)
         if mailbox is not None:
@@ -80,6 +81,11 @@ class Channels:
             mailbox.close()
         for channel in self._channels.values():
             channel.close()
+
+    def _peer(self, rank: int) -> int:
+        if not 0 <= rank < self._size or rank == self._rank:
+            raise ValueError(f"rank {rank} is no other rank of this group of {self._size}")
+        return rank
 
     def _channel(self, source: int, to: int, tag: int) -> _Channel:
         name = f"{source}>{to}#{tag}"
@@ -136,10 +142,16 @@ class _Channel:
         """number: of the message, from 1."""
         if not receives:
             self._counts.write(self._name, number)
-        if self._comm is None:
-            self._comm = self._open_pair(self._name, self._rank, 2)
         flat = tensor.contiguous().view(-1)
-        self._comm.broadcast_(flat, 0)
+        try:
+            if self._comm is None:
+                self._comm = self._open_pair(self._name, self._rank, 2)
+            self._comm.broadcast_(flat, 0)
+        except RingReduceError as error:
+            source, to = self._name.split("#")[0].split(">")
+            raise type(error)(
+                f"message from rank {source} to rank {to}, here rank 0 and rank 1: {error}"
+            ) from error
         if receives and flat.data_ptr() != tensor.data_ptr():
             with torch.no_grad():
                 tensor.copy_(flat.view(tensor.shape))

@@ -107,12 +107,13 @@ class GroupWork(dist._Work):
         self._starting = threading.Lock()
         self._waited = False
         self._gpus = _gpus_of(value)
+        self.limit_s: float | None = None  # of a wait without a timeout; None: that of the group
         self._finished: list[tuple[torch.device, torch.cuda.Event]] = []
         callbacks.keep(self, value)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Waits until the outputs are there. timeout: None or 0 is that of the group."""
-        limit_s = timeout.total_seconds() if timeout else None
+        """Waits until the outputs are there. timeout: None or 0 is that of the call or group."""
+        limit_s = timeout.total_seconds() if timeout else self.limit_s
         results = [work.wait(limit_s) for work in self._works]
         with self._finishing, torch.no_grad():
             if self._finish is not None:
@@ -170,6 +171,10 @@ class GroupWork(dist._Work):
             # future made by Python: so the backward raises it itself.
             torch.autograd.Variable._execution_engine.queue_callback(self.synchronize)
         return future
+
+    def get_future_result(self) -> torch.futures.Future:
+        """How it ended, a number of torch's WorkResult; itself without an error."""
+        return self.get_future().then(_ending)
 
     def complete(self) -> None:
         """On the thread of the callbacks: gives the future its value, and so runs its callbacks."""
@@ -253,6 +258,13 @@ class _Future(torch.futures.Future):
         work = self.work
         if work is not None:
             work.complete()
+
+
+def _ending(future: Any) -> int:
+    known: Any = torch._C._distributed_c10d.WorkResult  # type: ignore[attr-defined]
+    if future.error is None:
+        return known.SUCCESS.value
+    return (known.TIMEOUT if isinstance(future.error, TimeoutError) else known.COMM_ERROR).value
 
 
 def _gpus_of(value: Sequence[Any]) -> list[torch.device]:

@@ -121,9 +121,12 @@ class Communicator:
         part, result = self._gather(describe(x), async_op)
         return Work((part,), finish=lambda: result()[0]) if async_op else result()[0]
 
-    def gather_rows(self, x: Any, *, async_op: bool = False) -> Work:
-        """allgather, for the other modules: its result, and the number of rows of each rank."""
-        part, result = self._gather(describe(x), async_op)
+    def gather_rows(self, x: Any, root: int = 0, *, async_op: bool = False) -> Work:
+        """allgather, for the other modules: its result, and the number of rows of each rank.
+
+        The ranks must agree on root; what it means is the caller's.
+        """
+        part, result = self._gather(describe(x), async_op, root)
         return Work((part,), finish=result)
 
     def broadcast(self, x: Any, root: int = 0, *, async_op: bool = False) -> Any:
@@ -393,7 +396,7 @@ class Communicator:
         return stream
 
     def _gather(
-        self, source: Array, async_op: bool
+        self, source: Array, async_op: bool, root: int = 0
     ) -> tuple[Part, Callable[[], tuple[Any, list[int]]]]:
         """What waits for an allgather, and what makes of it then the result, and all ranks' rows.
 
@@ -401,7 +404,7 @@ class Communicator:
         """
         if source.device == CPU:
             tensor = (source.address, 0, source.shape, source.strides, None)
-            part = self._submit(ALLGATHER, 0, source.dtype, 0, [tensor], source.owner, async_op)
+            part = self._submit(ALLGATHER, 0, source.dtype, root, [tensor], source.owner, async_op)
             return part, lambda: (
                 tensors.gathered(source, part.output(), sum(part.counts)),
                 part.counts,
@@ -409,10 +412,10 @@ class Communicator:
         self._stream(source)  # raises now, or not at all
         # Rows without elements: nothing moves but their number.
         rows = (0, 0, (*(source.shape or (1,)), 0), None, None)
-        counts = self._submit(ALLGATHER, 0, source.dtype, 0, [rows], None, False).counts
+        counts = self._submit(ALLGATHER, 0, source.dtype, root, [rows], None, False).counts
         result = tensors.empty_rows(source, sum(counts))
         targets = [describe(result)]
-        work = self._run_on_gpu(ALLGATHER, 0, 0, [source], targets, [], async_op, counts)
+        work = self._run_on_gpu(ALLGATHER, 0, root, [source], targets, [], async_op, counts)
         return work, lambda: (result, counts)
 
     def check_root(self, root: int) -> int:

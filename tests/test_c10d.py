@@ -14,7 +14,7 @@ import ringreduce as rr
 from ringreduce.c10d_channels import Channels, Pending
 
 COLLECTIVES = """
-import datetime, os, torch, ringreduce.c10d, torch.distributed as dist
+import datetime, os, torch, ringreduce, ringreduce.c10d, torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
 def listening():
@@ -44,12 +44,29 @@ assert (x == 6j).all()
 x = full(r + 1)
 dist.all_reduce(x, dist._make_nccl_premul_sum(0.5))
 assert (x == 3).all()
-try:
-    dist.all_reduce(x.int(), dist.ReduceOp.BAND)
-except ValueError as error:
-    assert "no op BAND" in str(error)
-else:
-    raise AssertionError("BAND")
+def raises(error, text, call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except error as found:
+        assert text in str(found), found
+    else:
+        raise AssertionError(f"no {error.__name__}: {text}")
+
+mine = torch.tensor([r + 1, 3 * r, 6])
+for op, bits in (("BAND", [0, 0, 6]), ("BOR", [3, 7, 6]), ("BXOR", [0, 5, 6])):
+    op = getattr(dist.ReduceOp, op)
+    dist.all_reduce(x := mine.clone(), op)
+    assert x.tolist() == bits, op
+    dist.reduce(x := mine.clone(), 1, op)
+    assert x.tolist() == (bits if r == 1 else mine.tolist())
+    dist.reduce_scatter_tensor(x := mine[:1].clone(), mine, op)
+    assert x.tolist() == bits[r : r + 1]
+    truths = torch.tensor([bool(r), True])
+    dist.all_reduce(truths, op)
+    assert truths.tolist() == [op != dist.ReduceOp.BAND and op == dist.ReduceOp.BOR, True]
+raises(TypeError, "band", dist.all_reduce, torch.ones(2), dist.ReduceOp.BAND)
+odd = dist.ReduceOp.BOR if r else dist.ReduceOp.BXOR
+raises(ringreduce.MismatchError, "rank 0", dist.all_reduce, mine.clone(), odd)
 xs = [full(r), full(r, 2, dtype=torch.int64)]
 group.allreduce_coalesced(xs).wait()
 assert all((x == 3).all() for x in xs)
@@ -88,6 +105,10 @@ assert (x == r).all()
 x = torch.empty(n)
 dist.all_to_all_single(x, torch.arange(float(n)) + 10 * r)
 assert x.tolist() == [10 * i + r for i in range(n)]
+raises(ValueError, "split sizes", dist.all_to_all_single, x, x.clone(), [1] * n, [2] * n)
+raises(ValueError, "6 elements", dist.all_gather_into_tensor, torch.empty(7), torch.ones(2))
+raises(TypeError, "float64", dist.reduce_scatter_tensor, torch.ones(1).double(), torch.ones(n))
+raises(ValueError, "no other rank", dist.send, x, 17)
 x = torch.empty(n * (r + 1))
 dist.all_to_all_single(x, full(r, 6), [r + 1] * n, [1, 2, 3])
 assert x.tolist() == [i for i in range(n) for _ in range(r + 1)]
@@ -122,6 +143,25 @@ else:
 limited = dist.new_group(timeout=datetime.timedelta(seconds=40))
 assert limited._channels._timeout_s == 40.0
 
+# Who has not come is named to all that have, and nothing is lost.
+second = datetime.timedelta(seconds=1)
+dist.monitored_barrier(timeout=20 * second)
+if r != 1:
+    text = "Ranks 1 failed to pass"
+    raises(ringreduce.CollectiveTimeout, text, group.monitored_barrier, second / 50, True)
+if r == 0:
+    raises(TimeoutError, "goes on", dist.barrier, timeout=second / 50)
+    dist.send(full(0), 1)
+elif r == 1:
+    dist.recv(full(0), 0)
+    raises(ringreduce.CollectiveTimeout, "Rank 1 failed", dist.monitored_barrier, timeout=0.02)
+if r:
+    dist.barrier()
+raises(NotImplementedError, "new_group", group.split_group, [0, 1])
+raises(TypeError, "pg_options", dist.new_group, pg_options=object())
+
+work = dist.all_reduce(full(r), async_op=True)
+assert work.get_future_result().wait() == 0 and work.wait()
 works = [dist.all_reduce(full(i, 1000), async_op=True) for i in range(5)]
 assert [work.result()[0][0].item() for work in works[::-1]] == [12, 9, 6, 3, 0]
 assert all(work.is_completed() and work.is_success() for work in works)

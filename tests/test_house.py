@@ -49,7 +49,7 @@ PYTHON_ORDER = (
     *("collectives", "broadcasting", "clocks", "timeline", "compiling"),
     *("buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
-    *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
+    *("c10d_work", "c10d_channels", "c10d_barrier", "c10d_operands", "c10d_group", "c10d"),
     *("horovod_meeting", "horovod_types", "horovod_ops"),
     *("horovod_optimizer", "horovod_batchnorm", "horovod"),
     *("__init__", "testing"),
@@ -64,7 +64,7 @@ TORCH_MODULES = {
     *("broadcasting", "buckets", "ballot", "codecs", "costs", "join", "runs", "gradients"),
     *("agreement", "attachment", "model", "sync_batchnorm"),
     *("bench_peers", "bench_gpu", "bench", "info", "simulate"),
-    *("c10d_work", "c10d_channels", "c10d_group", "c10d"),
+    *("c10d_work", "c10d_channels", "c10d_barrier", "c10d_operands", "c10d_group", "c10d"),
     *("horovod_meeting", "horovod_types", "horovod_ops"),
     *("horovod_optimizer", "horovod_batchnorm", "horovod"),
 }
