@@ -37,6 +37,7 @@ from ringreduce.c10d_operands import (
 )
 from ringreduce.c10d_work import Callbacks, GroupWork, Together, Waitable
 from ringreduce.communicator import Communicator
+from ringreduce.profiling import spanned
 from ringreduce.work import Work
 
 # Its overloads cannot be typed twice.
@@ -50,7 +51,8 @@ class ProcessGroup(_ProcessGroup):
 
     Calls must come in the same order on all ranks, as everywhere. What a callback of a future calls
     is ordered by the callbacks, and runs on a communicator of its own, opened by its first use.
-    Raises what the functions of ringreduce raise, from the backward() of a DDP model too.
+    Raises what the functions of ringreduce raise, from the backward() of a DDP model too. Ranges in
+    torch.profiler have torch's names, as in ringreduce:all_to_all, around those of our collectives.
     """
 
     # Where torch puts what it sends by itself, as objects. With "cuda" it would look for backends
@@ -126,6 +128,7 @@ class ProcessGroup(_ProcessGroup):
 
     # ---- Our own collectives.
 
+    @spanned("ringreduce:all_reduce")
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> GroupWork:
         tensor = single(tensors)
         if tensor.layout is torch.sparse_coo:
@@ -136,6 +139,7 @@ class ProcessGroup(_ProcessGroup):
         started = self._comm().allreduce_(tensor, op, async_op=asynchronous)
         return self._work(started, asynchronous, [tensor])
 
+    @spanned("ringreduce:all_reduce_coalesced")
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> GroupWork:
         xs = list_of(tensors)
         op, asynchronous = op_of(opts, xs), is_asynchronous(opts)
@@ -144,6 +148,7 @@ class ProcessGroup(_ProcessGroup):
         started = self._comm().grouped_allreduce_(xs, op, async_op=asynchronous)
         return self._work(started, asynchronous, xs)
 
+    @spanned("ringreduce:broadcast")
     def broadcast(
         self, tensors: Any, opts: Any = None, timeout: Any = None, root: int = 0
     ) -> GroupWork:
@@ -154,6 +159,7 @@ class ProcessGroup(_ProcessGroup):
         )
         return self._work(started, asynchronous, [tensor])
 
+    @spanned("ringreduce:reduce")
     def reduce(
         self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None, root: int = 0
     ) -> GroupWork:
@@ -172,6 +178,7 @@ class ProcessGroup(_ProcessGroup):
 
         return self._work(started, asynchronous, [tensor], finish)
 
+    @spanned("ringreduce:all_gather")
     def allgather(
         self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Any = None
     ) -> GroupWork:
@@ -183,6 +190,7 @@ class ProcessGroup(_ProcessGroup):
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> GroupWork:
         return self.all_gather_single_coalesced([output], [input], opts)
 
+    @spanned("ringreduce:all_gather_single")
     def all_gather_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> GroupWork:
@@ -196,6 +204,7 @@ class ProcessGroup(_ProcessGroup):
 
         return GroupWork(started, list(outputs), self._callbacks, finish)
 
+    @spanned("ringreduce:all_gather_coalesced")
     def allgather_coalesced(
         self, output_lists: Any, input_list: Sequence[Tensor], opts: Any = None
     ) -> GroupWork:
@@ -208,6 +217,7 @@ class ProcessGroup(_ProcessGroup):
 
         return GroupWork(started, output_lists, self._callbacks, finish)
 
+    @spanned("ringreduce:reduce_scatter")
     def reduce_scatter(
         self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Any = None
     ) -> GroupWork:
@@ -237,6 +247,7 @@ class ProcessGroup(_ProcessGroup):
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> GroupWork:
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
+    @spanned("ringreduce:reduce_scatter_single")
     def reduce_scatter_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> GroupWork:
@@ -259,6 +270,7 @@ class ProcessGroup(_ProcessGroup):
 
         return GroupWork(started, list(outputs), self._callbacks, finish)
 
+    @spanned("ringreduce:barrier")
     def barrier(self, opts: Any = None, timeout: Any = None) -> GroupWork:
         limit = getattr(opts, "timeout", NO_LIMIT)
         asynchronous = is_asynchronous(opts) or limit > NO_LIMIT
@@ -266,6 +278,7 @@ class ProcessGroup(_ProcessGroup):
         work.limit_s = limit.total_seconds() if limit > NO_LIMIT else None
         return work
 
+    @spanned("ringreduce:monitored_barrier")
     def monitored_barrier(
         self, timeout: timedelta | None = None, wait_all_ranks: bool = False
     ) -> None:
@@ -275,6 +288,7 @@ class ProcessGroup(_ProcessGroup):
 
     # ---- Built on those.
 
+    @spanned("ringreduce:gather")
     def gather(
         self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Any = None
     ) -> GroupWork:
@@ -285,6 +299,7 @@ class ProcessGroup(_ProcessGroup):
         outputs = inner(output_tensors)
         return self._finished_by(started, output_tensors, lambda found: fill(outputs, found))
 
+    @spanned("ringreduce:scatter")
     def scatter(
         self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Any = None
     ) -> GroupWork:
@@ -305,6 +320,7 @@ class ProcessGroup(_ProcessGroup):
 
         return self._work(started, asynchronous, [output], finish)
 
+    @spanned("ringreduce:all_to_all")
     def alltoall(
         self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Any = None
     ) -> GroupWork:
@@ -338,16 +354,19 @@ class ProcessGroup(_ProcessGroup):
         outputs = split_rows(output, output_split_sizes, self.size())
         return self.alltoall(outputs, split_rows(input, input_split_sizes, self.size()), opts)
 
+    @spanned("ringreduce:send")
     def send(self, tensors: Any, dst_rank: int, tag: int = 0) -> GroupWork:
         tensor = single(tensors)
         started = self._channels.send(carried(tensor), dst_rank, tag)
         return GroupWork([started], [tensor], self._callbacks)
 
+    @spanned("ringreduce:recv")
     def recv(self, tensors: Any, src_rank: int, tag: int = 0) -> GroupWork:
         tensor = single(tensors)
         started = self._channels.receive(carried(tensor), src_rank, tag)
         return GroupWork([started], [tensor], self._callbacks)
 
+    @spanned("ringreduce:recv_any_source")
     def recv_anysource(self, tensors: Any, tag: int = 0) -> GroupWork:
         tensor = single(tensors)
         started = self._channels.receive_any(carried(tensor), tag)

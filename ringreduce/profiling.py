@@ -52,11 +52,11 @@ def spanned(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
-        def call(*args: Any) -> Result:
+        def call(*args: Any, **kwargs: Any) -> Result:
             if not switch._is_profiler_enabled:
-                return function(*args)
+                return function(*args, **kwargs)
             with span(name):
-                return function(*args)
+                return function(*args, **kwargs)
 
         return call
 

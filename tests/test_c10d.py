@@ -162,6 +162,11 @@ raises(TypeError, "pg_options", dist.new_group, pg_options=object())
 
 work = dist.all_reduce(full(r), async_op=True)
 assert work.get_future_result().wait() == 0 and work.wait()
+with torch.autograd.profiler.profile() as profile:
+    dist.all_reduce(full(r))
+    dist.all_to_all_single(torch.empty(n), torch.ones(n))
+ranges = {event.name for event in profile.function_events}
+assert {"ringreduce:all_reduce", "ringreduce::allreduce", "ringreduce:all_to_all"} <= ranges, ranges
 works = [dist.all_reduce(full(i, 1000), async_op=True) for i in range(5)]
 assert [work.result()[0][0].item() for work in works[::-1]] == [12, 9, 6, 3, 0]
 assert all(work.is_completed() and work.is_success() for work in works)
