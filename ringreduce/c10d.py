@@ -35,6 +35,7 @@ from ringreduce.bootstrap import POLL_S, StoreBootstrap
 from ringreduce.c10d_group import ProcessGroup
 from ringreduce.communicator import Communicator
 from ringreduce.launch import TORCHRUN_VARIABLES, mpi_launch
+from ringreduce.profiling import learn_torch
 from ringreduce.world import init, is_initialized, world
 
 BACKEND = "ringreduce"
@@ -205,6 +206,7 @@ def _let_groups_monitor_barriers() -> None:
     dist.monitored_barrier = dist.distributed_c10d.monitored_barrier = monitored_barrier
 
 
+learn_torch()  # for the range of a first call, before any tensor is seen
 _let_groups_monitor_barriers()
 dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
 _fill_environment()

@@ -28,7 +28,8 @@ class MonitoredBarrier:
     def __call__(self, timeout_s: float, wait_all_ranks: bool) -> None:
         """Raises CollectiveTimeout on every rank that came, unless all came within timeout_s.
 
-        wait_all_ranks: whether to name all ranks that did not, or the first of them.
+        Its text has Gloo's words, which programs look for. wait_all_ranks: whether to name all
+        ranks that did not, or the first of them.
         """
         self._number += 1
         self._counts.write(f"barrier {self._rank}", self._number)
@@ -43,9 +44,15 @@ class MonitoredBarrier:
         who = f"Rank {missing[0]}"
         if wait_all_ranks:
             who = "Ranks " + ", ".join(map(str, missing))
+        here = "timed out in monitoredBarrier"
+        if self._rank > 0:
+            here = (
+                "successfully reached monitoredBarrier, but received errors while waiting for "
+                "send/recv from rank 0"
+            )
         raise CollectiveTimeout(
-            f"Rank {self._rank} timed out in monitoredBarrier: {who} failed to pass "
-            f"monitoredBarrier in {1000 * timeout_s:g} ms. The process group can still be used"
+            f"Rank {self._rank} {here}: {who} failed to pass monitoredBarrier in "
+            f"{1000 * timeout_s:g} ms. The process group can still be used"
         )
 
     @property

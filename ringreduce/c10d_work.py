@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ringreduce.errors import RingReduceError
+
 
 class Waitable(Protocol):
     """A `ringreduce.Work`, or what behaves like one."""
@@ -30,6 +32,10 @@ class Waitable(Protocol):
 # C++ would wait for a work that nothing completes.
 KEPT_WORKS = 64
 KEPT_BYTES = 4096
+
+
+class WaitTimeout(RingReduceError, TimeoutError):
+    """A wait ended before its operation, which goes on: a RuntimeError, as of torch's backends."""
 
 
 class Callbacks:
@@ -114,7 +120,12 @@ class GroupWork(dist._Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Waits until the outputs are there. timeout: None or 0 is that of the call or group."""
         limit_s = timeout.total_seconds() if timeout else self.limit_s
-        results = [work.wait(limit_s) for work in self._works]
+        try:
+            results = [work.wait(limit_s) for work in self._works]
+        except TimeoutError as error:
+            if limit_s is None or isinstance(error, RingReduceError):
+                raise
+            raise WaitTimeout(f"timed out after {limit_s:g} s: {error}") from None
         with self._finishing, torch.no_grad():
             if self._finish is not None:
                 self._finish(results)
@@ -151,6 +162,8 @@ class GroupWork(dist._Work):
 
     def synchronize(self) -> None:
         self.wait()
+
+    block_current_stream = synchronize
 
     def _source_rank(self) -> int:
         """Of a recv, after wait: the sender's rank in the group. -1: not known, or no recv."""

@@ -189,7 +189,7 @@ AbortRecord timed_out(const Group& group, double after_s, const std::string& why
   char seconds[32];
   std::snprintf(seconds, sizeof(seconds), "%g", after_s);
   return {ErrorCode::timeout, -1, group.number_of(group.rank()),
-          std::string("no end after ") + seconds + " s: " + why};
+          std::string("timeout after ") + seconds + " s: " + why};
 }
 
 bool GroupWatch::stop() {
