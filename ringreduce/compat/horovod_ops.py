@@ -6,6 +6,7 @@ the ranks, whatever the loss of each rank is meant to be.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,17 +23,24 @@ from ringreduce.compat.horovod_types import (
 )
 from ringreduce.work import Work
 
+# As there, where calls start and end in such cycles: programs take a poll that is true at once for
+# that of a call that is not asynchronous.
+CYCLE_S = 1e-3
+
 
 class Handle:
     """What asynchronous calls return, for `poll` and `synchronize`. Operands stay alive."""
 
     def __init__(self, works: Sequence[Work], finish: Callable[[list[Any]], Any]) -> None:
         self._works = works
+        self._visible_s = time.monotonic() + CYCLE_S  # from when on it may be seen to have ended
         self._finish: Callable[[list[Any]], Any] | None = finish
         self._result: Any = None
 
     def done(self) -> bool:
-        return all(work.done() for work in self._works)
+        if self._finish is None:
+            return True
+        return time.monotonic() >= self._visible_s and all(work.done() for work in self._works)
 
     def wait(self) -> Any:
         results = [work.wait() for work in self._works]
@@ -44,7 +52,7 @@ class Handle:
 
 
 def poll(handle: Handle) -> bool:
-    """Whether synchronize would return at once."""
+    """Whether synchronize would return at once. Never true within a millisecond of the call."""
     return handle.done()
 
 
