@@ -64,7 +64,11 @@ assert (hvd.allreduce(x, op=hvd.Sum, prescale_factor=0.5, postscale_factor=4.0) 
 assert (hvd.allreduce(torch.full((2,), 2 * r - 3)) == -1).all()
 assert (gradient(lambda x: hvd.allreduce(x, op=hvd.Sum), x) == 3).all()
 assert (gradient(hvd.allreduce, x) == 1).all()
-handle = hvd.allreduce_async_(y := x.clone(), op=hvd.Sum)
+polls = []
+for _ in range(5):
+    polls.append(hvd.poll(handle := hvd.allreduce_async_(y := x.clone(), op=hvd.Sum)))
+    hvd.synchronize(handle)
+assert not all(polls)
 assert hvd.synchronize(handle) is y and (y == 6).all() and hvd.poll(handle)
 xs = hvd.grouped_allreduce([x, x.int()], op=hvd.Min)
 assert xs[0].tolist() == xs[1].tolist() == [1] * 4
