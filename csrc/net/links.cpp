@@ -22,13 +22,14 @@ constexpr timespec nap{0, 30'000};
 }  // namespace
 
 Links::Links(std::shared_ptr<Mpi> mpi, std::vector<int> ranks, int first_tag, size_t slot_bytes,
-             Haste haste)
+             Haste haste, Memory memory)
     : mpi_(std::move(mpi)),
       ranks_(std::move(ranks)),
       first_tag_(first_tag),
       slot_bytes_(slot_bytes),
       spin_ns_(haste == Haste::small_messages ? small_spin_ns : large_spin_ns),
-      yield_ns_(haste == Haste::small_messages ? small_yield_ns : large_yield_ns) {}
+      yield_ns_(haste == Haste::small_messages ? small_yield_ns : large_yield_ns),
+      memory_(std::move(memory)) {}
 
 Links::~Links() {
   // MPI may still write to or read from memory of requests that did not end: then it is never
@@ -46,7 +47,14 @@ Links::Link& Links::find(std::vector<Link>& links, Peer peer) {
   for (Link& link : links) {
     if (link.peer.rank == peer.rank && link.peer.channel == peer.channel) return link;
   }
-  links.push_back({peer, std::make_unique_for_overwrite<char[]>(num_slots * slot_bytes_), {}});
+  const size_t size_bytes = num_slots * slot_bytes_;
+  Link link{peer, {nullptr, [](char*) {}}, {}};
+  if (memory_) {
+    link.memory.reset(memory_(size_bytes));
+  } else {
+    link.memory = {new char[size_bytes], [](char* memory) { delete[] memory; }};
+  }
+  links.push_back(std::move(link));
   return links.back();
 }
 
@@ -111,19 +119,23 @@ bool Links::flush(Watch& watch) {
   return true;
 }
 
-void Links::close() {
+bool Links::close() {
+  bool free = true;
   for (Link& link : incoming_) {
     for (Mpi::Request& request : link.requests) {
       // A message that is on its way already is still written there.
-      if (request && !mpi_->cancel(request)) static_cast<void>(link.memory.release());
+      if (mpi_->cancel(request)) continue;
+      free = false;
+      static_cast<void>(link.memory.release());
     }
   }
   // What was sent has been flushed, unless the communicator was aborted.
   for (Link& link : outgoing_) {
     for (Mpi::Request& request : link.requests) {
-      if (request) mpi_->test(request, nullptr);
+      free = mpi_->test(request, nullptr) && free;
     }
   }
+  return free;
 }
 
 }  // namespace ringreduce

@@ -4,6 +4,7 @@
 // rank on the same core, may have to run for the message to arrive. One thread at a time.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -21,10 +22,13 @@ class Links {
   /// How long a wait gives up the core between two looks, before it sleeps between them.
   enum class Haste { small_messages, large_messages };
 
+  /// The memory of one FIFO's slots, of so many bytes. Not freed here.
+  using Memory = std::function<char*(size_t size_bytes)>;
+
   /// `ranks`: MPI's numbers of the ranks that peers are named by. Uses the tags
-  /// [first_tag, first_tag + num_channels).
+  /// [first_tag, first_tag + num_channels). `memory`: where slots lie; empty: on the heap.
   Links(std::shared_ptr<Mpi> mpi, std::vector<int> ranks, int first_tag, size_t slot_bytes,
-        Haste haste);
+        Haste haste, Memory memory = {});
   ~Links();
 
   /// The slot of the next message to a peer, once it is free; null if the watch stopped the wait.
@@ -38,15 +42,16 @@ class Links {
   /// Until all that was sent has left this process: nobody moves it on once the call has returned.
   bool flush(Watch& watch);
 
-  /// Cancels the receives; nothing can be sent or received afterwards. Does not wait.
-  void close();
+  /// Cancels the receives; nothing can be sent or received afterwards. Does not wait. False: MPI
+  /// still has some of the slots.
+  bool close();
 
   size_t slot_bytes() const { return slot_bytes_; }
 
  private:
   struct Link {
     Peer peer;
-    std::unique_ptr<char[]> memory;
+    std::unique_ptr<char[], void (*)(char*)> memory;
     Mpi::Request requests[num_slots];
     uint64_t moved = 0;  // messages since the communicator began
     bool open = false;   // incoming: its receives are posted
@@ -64,6 +69,7 @@ class Links {
   int first_tag_;
   size_t slot_bytes_;
   int64_t spin_ns_, yield_ns_;
+  const Memory memory_;
   std::vector<Link> incoming_, outgoing_;
 };
 

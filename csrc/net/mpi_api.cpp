@@ -43,8 +43,8 @@ Handle handle_of(const std::string& bytes) {
 template <class Handle>
 class LoadedMpi final : public Mpi {
  public:
-  LoadedMpi(const MpiLibrary& library, const MpiTable<Handle>& table)
-      : Mpi(library.max_tag),
+  LoadedMpi(const MpiLibrary& library, const MpiTable<Handle>& table, bool takes_device_memory)
+      : Mpi(library.max_tag, takes_device_memory),
         table_(table),
         communicator_(handle_of<Handle>(library.communicator)),
         byte_type_(handle_of<Handle>(library.byte_type)),
@@ -138,6 +138,12 @@ class LoadedMpi final : public Mpi {
   const int undefined_;
 };
 
+/// An extension that Open MPI, MPICH and what comes of it have; an MPI without it does not say.
+bool is_cuda_aware(const MpiLibrary& library, const std::function<void*(const char*)>& symbol) {
+  void* const query = library.ask_for_cuda ? symbol("MPIX_Query_cuda_support") : nullptr;
+  return query != nullptr && reinterpret_cast<int (*)()>(query)() == 1;
+}
+
 template <class Handle>
 std::shared_ptr<Mpi> make(const MpiLibrary& library,
                           const std::function<void*(const char*)>& symbol) {
@@ -156,7 +162,7 @@ std::shared_ptr<Mpi> make(const MpiLibrary& library,
   find("MPI_Cancel", table.cancel);
   find("MPI_Finalized", table.finalized);
   find("MPI_Error_string", table.error_string);
-  return std::make_shared<LoadedMpi<Handle>>(library, table);
+  return std::make_shared<LoadedMpi<Handle>>(library, table, is_cuda_aware(library, symbol));
 }
 
 }  // namespace

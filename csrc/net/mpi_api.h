@@ -21,6 +21,7 @@ struct MpiLibrary {
   std::string communicator, byte_type, null_request;  // handles, as they lie in memory
   int undefined = 0;                                  // MPI_UNDEFINED
   int max_tag = 32767;                                // MPI_TAG_UB; so much every MPI allows
+  bool ask_for_cuda = true;  // whether to believe an MPI that says it takes a GPU's memory
 };
 
 /// Point-to-point messages over one communicator. Every call is thread-safe (MPI_THREAD_MULTIPLE is
@@ -37,10 +38,12 @@ class Mpi {
     explicit operator bool() const { return handle != 0; }
   };
 
-  explicit Mpi(int max_tag) : max_tag(max_tag) {}
+  explicit Mpi(int max_tag, bool takes_device_memory = false)
+      : max_tag(max_tag), takes_device_memory(takes_device_memory) {}
   virtual ~Mpi() = default;
 
-  const int max_tag;  // of a message; equal on all ranks
+  const int max_tag;               // of a message; equal on all ranks
+  const bool takes_device_memory;  // messages may lie on a GPU: the MPI is CUDA-aware
 
   virtual void isend(const void* data, size_t size_bytes, int to, int tag, Request& request) = 0;
   /// A longer message than `capacity_bytes` is an error, thrown by test().

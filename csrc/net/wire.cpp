@@ -39,7 +39,28 @@ bool NetWire::wait_for(Peers from, size_t from_bytes, Peers to, Slots& slots) {
   return !stopped_;
 }
 
+void NetWire::add(std::span<const Target> targets, std::span<const Source> sources, size_t count) {
+  if (device_) {
+    device_->reduce(message_->reduction, targets, sources, count);
+  } else {
+    reduce(message_->reduction, targets, sources, count);
+  }
+}
+
+void NetWire::copy(char* to, const char* from, size_t size_bytes) {
+  if (device_) {
+    device_->copy(to, from, size_bytes);
+  } else {
+    std::memcpy(to, from, size_bytes);
+  }
+}
+
+/// What a device writes may be sent, and what it reads be written again, when it has done so.
 void NetWire::advance(Peers from, Peers to, size_t to_bytes) {
+  if (device_ && !device_->finish(*watch_)) {
+    stopped_ = true;
+    return;
+  }
   for (const Peer& peer : to) links_.send(peer, to_bytes);
   for (const Peer& peer : from) links_.release(peer);
 }
@@ -50,8 +71,8 @@ void NetWire::send_result(Peers to, Chunk chunk) {
   const Message& message = *message_;
   for (int peer = 0; peer < to.count; ++peer) {
     message.for_each_run(message.outputs, chunk, [&](const char* data, Chunk part) {
-      std::memcpy(slots.to[peer] + (part.offset - chunk.offset) * message.item_bytes, data,
-                  part.length * message.item_bytes);
+      copy(slots.to[peer] + (part.offset - chunk.offset) * message.item_bytes, data,
+           part.length * message.item_bytes);
     });
   }
   advance({}, to, chunk.length * message.item_bytes);
@@ -75,7 +96,7 @@ void NetWire::recv_reduce_send(Peers from, Peers to, Chunk chunk) {
     for (int peer = 0; peer < to.count; ++peer) {
       targets[num_targets++] = {slots.to[peer] + offset_bytes, Format::partial};
     }
-    reduce(message.reduction, {targets, num_targets}, {sources, num_sources}, part.length);
+    add({targets, num_targets}, {sources, num_sources}, part.length);
   });
   advance(from, to, chunk_bytes);
 }
@@ -97,18 +118,21 @@ void NetWire::recv_reduce_copy_send(Peers from, Peers to, Chunk chunk) {
     for (int peer = 0; peer < to.count; ++peer) {
       targets[num_targets++] = {slots.to[peer] + offset * message.item_bytes, Format::storage};
     }
-    reduce(message.reduction, {targets, num_targets}, {sources, num_sources}, part.length);
+    add({targets, num_targets}, {sources, num_sources}, part.length);
   });
   advance(from, to, chunk.length * message.item_bytes);
 }
 
 void NetWire::recv_copy_send(Peers from, Peers to, Chunk chunk) {
-  const size_t chunk_bytes = chunk.length * message_->item_bytes;
+  const Message& message = *message_;
+  const size_t chunk_bytes = chunk.length * message.item_bytes;
   Slots slots;
   if (chunk.empty() || !wait_for(from, chunk_bytes, to, slots)) return;
-  message_->copy_out(chunk, slots.from[0]);
-  for (int peer = 0; peer < to.count; ++peer)
-    std::memcpy(slots.to[peer], slots.from[0], chunk_bytes);
+  message.for_each_run(message.outputs, chunk, [&](char* output, Chunk part) {
+    copy(output, slots.from[0] + (part.offset - chunk.offset) * message.item_bytes,
+         part.length * message.item_bytes);
+  });
+  for (int peer = 0; peer < to.count; ++peer) copy(slots.to[peer], slots.from[0], chunk_bytes);
   advance(from, to, chunk_bytes);
 }
 
@@ -127,7 +151,7 @@ void NetWire::recv_reduce_keep(Peers from, Chunk chunk) {
     }
     sources[num_sources++] = {input, message.input_format};
     const Target target{&kept_[offset_bytes], Format::partial};
-    reduce(message.reduction, {&target, 1}, {sources, num_sources}, part.length);
+    add({&target, 1}, {sources, num_sources}, part.length);
   });
   advance(from, {}, 0);
 }
@@ -139,21 +163,21 @@ void NetWire::exchange(Peer with, Chunk chunk, bool last) {
   const size_t chunk_bytes = chunk.length * partial_bytes;
   Slots slots;
   if (chunk.empty() || !wait_for({}, 0, with, slots)) return;
-  std::memcpy(slots.to[0], kept_.data(), chunk_bytes);
+  copy(slots.to[0], kept_.data(), chunk_bytes);
   advance({}, with, chunk_bytes);
   if (!wait_for(with, chunk_bytes, {}, slots)) return;
-  const auto add = [&](size_t offset, size_t length, Target target) {
+  const auto add_both = [&](size_t offset, size_t length, Target target) {
     Source sources[] = {{&kept_[offset * partial_bytes], Format::partial},
                         {slots.from[0] + offset * partial_bytes, Format::partial}};
     if (with.rank < rank_) std::swap(sources[0], sources[1]);
-    reduce(message.reduction, {&target, 1}, sources, length);
+    add({&target, 1}, sources, length);
   };
   if (last) {
     message.for_each_run(message.outputs, chunk, [&](char* output, Chunk part) {
-      add(part.offset - chunk.offset, part.length, {output, Format::storage});
+      add_both(part.offset - chunk.offset, part.length, {output, Format::storage});
     });
   } else {
-    add(0, chunk.length, {kept_.data(), Format::partial});
+    add_both(0, chunk.length, {kept_.data(), Format::partial});
   }
   advance(with, {}, 0);
 }

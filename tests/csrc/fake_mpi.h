@@ -25,6 +25,7 @@ class FakeNetwork {
     unsigned max_delay_tests = 0;  // an operation ends after 0 to so many tests that it could end
     size_t eager_bytes = 4096;     // up to here a send ends without its receive
     int max_tag = 32767;
+    bool (*is_on_device)(const void*) = nullptr;  // given: it takes a GPU's memory
   };
 
   FakeNetwork() : FakeNetwork(Settings{}) {}
@@ -49,6 +50,12 @@ class FakeNetwork {
   size_t bytes_sent(int rank) {
     const std::lock_guard lock(mutex_);
     return bytes_sent_[rank];
+  }
+
+  /// Of those the ones that lay on a GPU.
+  size_t bytes_sent_from_device(int rank) {
+    const std::lock_guard lock(mutex_);
+    return device_bytes_sent_[rank];
   }
 
   /// Operations that were started and have neither ended nor been cancelled.
@@ -77,7 +84,9 @@ class FakeNetwork {
   class RankMpi final : public Mpi {
    public:
     RankMpi(FakeNetwork& network, int rank)
-        : Mpi(network.settings_.max_tag), network_(network), rank_(rank) {}
+        : Mpi(network.settings_.max_tag, network.settings_.is_on_device != nullptr),
+          network_(network),
+          rank_(rank) {}
 
     void isend(const void* data, size_t size_bytes, int to, int tag, Request& request) override {
       auto send = std::make_shared<Operation>();
@@ -112,6 +121,9 @@ class FakeNetwork {
     }
     operation->size_bytes = size_bytes;
     if (operation->is_send) bytes_sent_[rank] += size_bytes;
+    if (operation->is_send && settings_.is_on_device && settings_.is_on_device(operation->source)) {
+      device_bytes_sent_[rank] += size_bytes;
+    }
     operation->delay_tests =
         static_cast<unsigned>(random_() % (uint64_t{settings_.max_delay_tests} + 1));
     if (operation->is_send && size_bytes <= settings_.eager_bytes) {
@@ -192,7 +204,7 @@ class FakeNetwork {
   std::map<Key, Queue> sends_, receives_;  // not matched yet
   std::map<uint64_t, std::shared_ptr<Operation>> operations_;
   uint64_t last_handle_ = 0;
-  std::map<int, size_t> bytes_sent_;
+  std::map<int, size_t> bytes_sent_, device_bytes_sent_;
   std::set<int> cut_, broken_;
 };
 

@@ -88,14 +88,16 @@ struct Rank {
   void finish(Work& work) { comm->wait(work, Deadline::never(), {}); }
 };
 
-/// `hosts`: on which of several pretended hosts each rank is; empty: all on one.
+/// `hosts`: on which of several pretended hosts each rank is; empty: all on one. `is_on_device`:
+/// given, the MPI between them takes the memory of which this is true.
 inline void run_ranks(int size, Options options, const std::function<void(Rank&)>& body,
-                      const std::vector<std::string>& hosts = {}) {
+                      const std::vector<std::string>& hosts = {},
+                      bool (*is_on_device)(const void*) = nullptr) {
   static unsigned runs = 0;  // seeds: every run has its own delays, the same in every execution
   ++runs;
   options.in_process = true;
   ThreadExchange exchange(size);
-  FakeNetwork network({runs, 5});
+  FakeNetwork network({.seed = runs, .max_delay_tests = 5, .is_on_device = is_on_device});
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank, seed = runs * 100] {

@@ -192,6 +192,26 @@ void what_is_missing_is_named() {
   make_mpi(other, &symbol<int>);
 }
 
+/// An MPI that says nothing of GPUs takes no memory of theirs, and one that says yes need not be
+/// asked.
+void who_takes_device_memory() {
+  static int answer = 0;
+  const auto asks = [](const char* name) {
+    const auto query = [] { return answer; };
+    if (std::string(name) == "MPIX_Query_cuda_support")
+      return address(static_cast<int (*)()>(query));
+    return symbol<int>(name);
+  };
+  require(!make_mpi(library<int>(), &symbol<int>)->takes_device_memory, "nobody was asked");
+  for (answer = 0; answer < 2; ++answer) {
+    require(make_mpi(library<int>(), asks)->takes_device_memory == (answer == 1), "the answer");
+  }
+  answer = 1;
+  MpiLibrary unasked = library<int>();
+  unasked.ask_for_cuda = false;
+  require(!make_mpi(unasked, asks)->takes_device_memory, "asked against the user's will");
+}
+
 // ---- The fake network
 
 constexpr int num_tags = 3, num_messages = 60;
@@ -291,6 +311,7 @@ int main() {
   errors_and_cancels<int>();
   errors_and_cancels<void*>();
   what_is_missing_is_named();
+  who_takes_device_memory();
   failures_of_the_network();
   for (const unsigned max_delay_tests : {0u, 20u}) {
     for (const int size : {1, 4}) {
