@@ -75,6 +75,15 @@ void settle(int device) {
   settled = device;
 }
 
+std::shared_ptr<void> borrow(int device) {
+  struct Borrowed {
+    explicit Borrowed(int device) : on(device) {}
+    OnDevice on;
+    Unrecorded unrecorded;
+  };
+  return std::make_shared<Borrowed>(device);
+}
+
 bool capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(as_stream(stream), &status);

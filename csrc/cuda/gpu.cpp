@@ -150,6 +150,15 @@ class CudaGpu : public Gpu {
     free_block(shared);
   }
 
+  char* allocate(size_t size_bytes) override {
+    const OnDevice on(options_.device);
+    return allocate_on_device(size_bytes);
+  }
+  void free(char* data, size_t size_bytes) override {
+    const OnDevice on(options_.device);
+    free_on_device(data, size_bytes, options_.in_process);
+  }
+
   /// Where kernels carry nothing, what the check of the path has found is no trouble.
   Report report() const override {
     if (!status_ || !why_host_.empty()) return {};

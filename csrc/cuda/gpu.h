@@ -29,6 +29,10 @@ About about();
 /// others record.
 void settle(int device);
 
+/// The same until the result is dropped, for a thread of the user's that other libraries find their
+/// way by.
+std::shared_ptr<void> borrow(int device);
+
 /// Whether a stream is recording a CUDA graph.
 bool capturing(void* stream);
 
@@ -95,6 +99,11 @@ class Gpu {
   virtual Shared share(size_t size_bytes, const Exchange& exchange) = 0;
   /// Collective: all ranks let go of the peers' blocks, then free their own. No kernel uses them.
   virtual void release(const Shared& shared, const Exchange& exchange) = 0;
+
+  /// Of this rank alone, until it is freed, which may wait for the device. Throws
+  /// ErrorCode::resource.
+  virtual char* allocate(size_t size_bytes) = 0;
+  virtual void free(char* data, size_t size_bytes) = 0;
 
   /// What kernels have said.
   struct Report {

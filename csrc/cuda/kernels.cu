@@ -103,6 +103,59 @@ __global__ void __launch_bounds__(threads_per_block, 1)
   team.leave();
 }
 
+/// Partial sums alone; element by element, as only nodes of several ranks have any, of 16-bit
+/// floats.
+template <class Stored, bool finished>
+__device__ void combine_partials(const DeviceCall& call, const Mixed& mixed, size_t count) {
+  using Partial = PartialOf<Stored>;
+  with_operation<Stored>(call.op, [&](auto operation) {
+    const auto* const first = reinterpret_cast<const Partial*>(mixed.partials[0]);
+    const auto* const second = reinterpret_cast<const Partial*>(mixed.partials[1]);
+#pragma unroll 1
+    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
+      const Partial sum = second ? decltype(operation)::of(first[i], second[i]) : first[i];
+      const auto result = mixed_result<Stored, finished>(sum, call.divisor);
+      for (int t = 0; t < mixed.num_targets; ++t) {
+        reinterpret_cast<MixedResult<Stored, finished>*>(mixed.targets[t])[i] = result;
+      }
+    }
+  });
+}
+
+template <class Stored, bool finished>
+__device__ void combine(const DeviceCall& call, const Mixed& mixed, size_t count) {
+  if (mixed.own) {
+    reduce_mixed<Stored, finished>(call.op, call.divisor, mixed, count);
+  } else {
+    combine_partials<Stored, finished>(call, mixed, count);
+  }
+}
+
+/// Its blocks take one share each.
+template <class Stored>
+__global__ void __launch_bounds__(threads_per_block, 1)
+    combine_kernel(const __grid_constant__ DeviceCall call) {
+  const Blocks shares =
+      Blocks::even(call.count, static_cast<int>(gridDim.x), granule_of(sizeof(Stored)));
+  const Chunk share = shares[static_cast<int>(blockIdx.x)];
+  const size_t partial_offset = share.offset * sizeof(PartialOf<Stored>);
+  const size_t stored_offset = share.offset * sizeof(Stored);
+  Mixed mixed;
+  for (; mixed.num_partials < call.num_partials; ++mixed.num_partials) {
+    mixed.partials[mixed.num_partials] = call.inputs[mixed.num_partials] + partial_offset;
+  }
+  if (call.input) mixed.own = call.input + stored_offset;
+  for (; mixed.num_targets < call.num_outputs; ++mixed.num_targets) {
+    mixed.targets[mixed.num_targets] =
+        call.outputs[mixed.num_targets] + (call.finished ? stored_offset : partial_offset);
+  }
+  if (call.finished) {
+    combine<Stored, true>(call, mixed, share.length);
+  } else {
+    combine<Stored, false>(call, mixed, share.length);
+  }
+}
+
 // ---- Which kernel
 
 using Entry = void (*)(DeviceCall);
@@ -134,6 +187,8 @@ Entry entry_for(Kernel kernel) {
       return ring_kernel<Stored>;
     case Kernel::tree:
       return tree_kernel<Stored>;
+    case Kernel::combine:
+      return combine_kernel<Stored>;
   }
   return nullptr;
 }
@@ -183,13 +238,14 @@ struct Size {
   size_t bytes_per_block;
   int most_blocks;
 };
-constexpr int num_kernels = 5;
+constexpr int num_kernels = 6;
 constexpr Size sizes[num_kernels] = {
     {threads_per_block * line_data_bytes, 16},  // one_shot: one line to a thread
     {size_t{16} << 10, 36},                     // two_shot
     {size_t{16} << 10, 36},                     // staged
     {size_t{32} << 10, 24},                     // ring
     {size_t{32} << 10, 24},                     // tree
+    {size_t{16} << 10, 36},                     // combine
 };
 static_assert(sizes[3].most_blocks <= max_wire_blocks);
 

@@ -22,8 +22,9 @@ inline constexpr size_t one_shot_largest_bytes = size_t{64} << 10;
 inline constexpr size_t one_shot_largest_item_bytes = 8;
 
 /// Which kernel runs. `staged` is two_shot over tensors in private memory, and also all collectives
-/// that are halves of it.
-enum class Kernel : int { one_shot, two_shot, staged, ring, tree };
+/// that are halves of it. `combine` is this rank's alone and waits for nobody: at most two arrays
+/// of partial sums, then its own input, become partial sums or results.
+enum class Kernel : int { one_shot, two_shot, staged, ring, tree, combine };
 
 /// What a rank's kernels found wrong; the first one to find something writes it.
 enum class Trouble : uint32_t { none = 0, timeout = 1, mismatch = 2 };
@@ -69,6 +70,12 @@ struct DeviceCall {
   // two_shot: where every rank's tensors lie, as this rank's device sees them.
   const char* inputs[max_ranks];
   char* outputs[max_ranks];
+
+  // combine: `inputs` are the arrays of partial sums. `input`, if any, is of the tensor's own type,
+  // as `outputs` are if they are results.
+  int num_partials, num_outputs;
+  bool finished;
+  int divisor;  // of results: what avg divides by
 };
 static_assert(sizeof(DeviceCall) <= 4096);  // what a kernel's arguments may take
 

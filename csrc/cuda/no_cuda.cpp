@@ -20,6 +20,8 @@ namespace {
 
 void settle(int) { refuse(); }
 
+std::shared_ptr<void> borrow(int) { refuse(); }
+
 std::shared_ptr<Event> record(int, void*) { refuse(); }
 
 std::unique_ptr<Gpu> Gpu::open(const Options&, const Exchange&) { refuse(); }
