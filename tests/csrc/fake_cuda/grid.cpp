@@ -7,6 +7,9 @@
 #include <cstring>
 #include <memory>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
@@ -55,6 +58,10 @@ struct Scheduler {
     for (size_t i = 0; i < capacity; ++i) {
 #ifdef __SANITIZE_THREAD__
       __tsan_destroy_fiber(fibers[i]->sanitizer);
+#endif
+#ifdef __SANITIZE_ADDRESS__
+      // What comes to lie there next is no stack.
+      __asan_unpoison_memory_region(fibers[i]->stack, stack_bytes);
 #endif
       munmap(fibers[i]->stack, stack_bytes);
       delete fibers[i];
