@@ -54,6 +54,7 @@ class MpiLibrary:
         null_request: bytes,
         undefined: int,
         max_tag: int,
+        ask_for_cuda: bool,
     ) -> None: ...
 
 class Packer:

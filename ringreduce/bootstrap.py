@@ -167,6 +167,7 @@ class MpiBootstrap(Bootstrap):
             null_request=_bytes_of(MPI.REQUEST_NULL),
             undefined=MPI.UNDEFINED,
             max_tag=MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767,  # which every MPI has
+            ask_for_cuda=self.settings.cuda_mpi == "auto",
         )
         return self._library
 

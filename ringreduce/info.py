@@ -7,6 +7,7 @@ under mpirun, where rank 0 also prints how the ranks see each other. Changes not
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -80,7 +81,17 @@ def _mpi() -> Section:
         return section | {"library": f"unavailable: {error}"}
     section["library"] = MPI.Get_library_version().splitlines()[0].rstrip("\0 ")
     section["library file"] = _mapped_file("libmpi")
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        section["takes GPU memory"] = _takes_gpu_memory(MPI.__file__)
     return section
+
+
+def _takes_gpu_memory(mpi_file: str) -> str:
+    """What the MPI that mpi4py's extension `mpi_file` is linked to says of itself."""
+    query = getattr(ctypes.CDLL(mpi_file), "MPIX_Query_cuda_support", None)
+    if query is None:
+        return "does not say"
+    return "yes, it is CUDA-aware" if query() == 1 else "no"
 
 
 def _mapped_file(name: str) -> str:

@@ -31,6 +31,7 @@ class Settings:
     host: str
     tuning: str = ""
     constants: Mapping[str, float] = field(default_factory=dict)  # that the file of tuning has
+    cuda_mpi: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,14 @@ SETTINGS = (
         "",
         str,
         "ranks with different ones use the network, as if on different hosts: to try it on one",
+    ),
+    Setting(
+        "cuda_mpi",
+        "RINGREDUCE_CUDA_MPI",
+        None,
+        "auto",
+        _one_of(("auto", "off")),
+        "off: an MPI that says it is CUDA-aware is not given GPU memory all the same",
     ),
 )
 OWN = ("log", "host")  # a rank may well have its own

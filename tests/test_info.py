@@ -62,3 +62,4 @@ def test_under_mpirun(mpirun, mpi_name):
     assert mpi_name in sections["MPI"]["library"]
     assert mpi_name in sections["MPI"]["launched by"]
     assert os.path.exists(sections["MPI"]["library file"])
+    assert sections["MPI"]["takes GPU memory"] in ("yes, it is CUDA-aware", "no", "does not say")

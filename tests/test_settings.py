@@ -23,6 +23,7 @@ def test_the_list_of_variables_is_frozen():
         ("RINGREDUCE_TUNING", "tuning", ""),
         ("RINGREDUCE_LOG", None, "warning"),
         ("RINGREDUCE_HOST", None, ""),
+        ("RINGREDUCE_CUDA_MPI", None, "auto"),
     ]
 
 

@@ -230,8 +230,8 @@ nb::object gpu_info(PyCommunicator& self) {
   if (!open) return nb::none();
   nb::dict info;
   info["device"] = open->device;
-  info["path"] = open->kernels() ? "kernels" : "host";
-  info["why"] = open->gpu().why_host();
+  info["path"] = open->kernels() ? "kernels" : open->direct() ? "direct" : "host";
+  info["why"] = open->why_host();
   info["blocks"] = open->gpu().blocks();
   info["slab_bytes"] = open->gpu().slab_bytes();
   info["symmetric_bytes"] = open->arena()->segment_bytes();

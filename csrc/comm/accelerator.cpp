@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "base/thread.h"
+#include "comm/collective.h"
 #include "comm/communicator.h"
 
 namespace ringreduce {
@@ -30,24 +31,74 @@ Exchange exchange_of(Node& node, Deadline deadline) {
 
 }  // namespace
 
-Accelerator::Accelerator(Core& core, int device, Deadline deadline) : device(device) {
+Accelerator::Accelerator(Core& core, int device, Deadline deadline, const Interrupted& interrupted)
+    : device(device), arena_(std::make_shared<Arena>()) {
+  if (core.cluster) {
+    open_everywhere(core, deadline, interrupted);
+  } else {
+    open(core, deadline);
+  }
+}
+
+Accelerator::~Accelerator() = default;
+
+/// Collective over a node. Throws ErrorCode::resource on all its ranks.
+void Accelerator::open(Core& core, Deadline deadline) {
+  const bool across = core.cluster != nullptr;
   cuda::Gpu::Options options;
   options.rank = core.node.local_rank();
   options.size = core.node.local_size();
   options.device = device;
   options.in_process = core.options.in_process;
-  options.other_nodes = core.cluster != nullptr;
   options.wire = core.tuner.needs_wire();
+  options.other_nodes = across && (options.wire || !core.cluster->takes_device_memory());
   options.timeout_s = core.options.timeout_s;
   gpu_ = cuda::Gpu::open(options, exchange_of(core.node, deadline));
-  arena_ = std::make_shared<Arena>();
-  if (!kernels()) {
-    staging_ = core.arena->allocate(core.node, staging_bytes, deadline);
-    gpu_->pin(staging(), staging_bytes);
-  }
+  why_host_ = across ? "the ranks are on several nodes" : gpu_->why_host();
+  if (kernels()) return;
+  staging_ = core.arena->allocate(core.node, staging_bytes, deadline);
+  gpu_->pin(staging(), staging_bytes);
 }
 
-Accelerator::~Accelerator() = default;
+/// All nodes fail with one, and go the same way: the least of what ranks can do.
+void Accelerator::open_everywhere(Core& core, Deadline deadline, const Interrupted& interrupted) {
+  enum Way : uint8_t { none, host, directly };
+  Way way = host;
+  std::string failure = "another host could not set its GPUs up";
+  try {
+    open(core, deadline);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::resource) throw;
+    way = none;
+    failure = error.what();
+  }
+  if (way == host && gpu_->why_host().empty()) {
+    try {
+      direct_ = std::make_unique<Direct>(*core.cluster, core.group, *gpu_, device);
+      way = directly;
+    } catch (const Error&) {
+      // There is no memory for it.
+    }
+  }
+  const uint8_t all = least_of_all(core, way, interrupted);
+  if (direct_ && all != directly) {
+    direct_->free();
+    direct_.reset();
+  }
+  if (all == none) {
+    if (gpu_) close_gpu(core, deadline);
+    throw Error(ErrorCode::resource, failure);
+  }
+  if (direct_) direct_->open();
+}
+
+/// Collective over a node. Nothing has been enqueued.
+void Accelerator::close_gpu(Core& core, Deadline deadline) {
+  if (staging_) gpu_->unpin(staging());
+  gpu_->close_peers();
+  exchange_of(core.node, deadline)("");
+  gpu_->free_own();
+}
 
 void Accelerator::start(const std::shared_ptr<Core>& core) {
   start_thread([this, core] { watch(*core); });
@@ -173,6 +224,7 @@ void Accelerator::tear_down(Core& core) {
   }
   if (staging_) gpu_->unpin(staging());
   if (own_pinned_) gpu_->unpin(own_pinned_.get());
+  if (direct_ && core.cluster->device_rail_closed()) direct_->free();
   if (!all_reach(core, Stage::idle)) return;
   gpu_->close_peers();
   if (!all_reach(core, Stage::unmapped)) return;

@@ -1,7 +1,7 @@
 // What a communicator has more of once it has seen GPU memory: the GPU itself, symmetric memory on
-// it, host memory for what kernels cannot carry, and a thread that watches. Kernels wait for each
-// other where no host thread looks on; so the watcher tells them of aborts and deaths, and the
-// ranks of what kernels have found.
+// it, host memory for what neither kernels nor MPI can carry from there, and a thread that watches.
+// Kernels wait for each other where no host thread looks on; so the watcher tells them of aborts
+// and deaths, and the ranks of what kernels have found.
 #pragma once
 
 #include <condition_variable>
@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "comm/arena.h"
+#include "comm/direct.h"
 #include "comm/work.h"
 #include "cuda/gpu.h"
 
@@ -19,15 +20,19 @@ struct Core;
 class Accelerator {
  public:
   /// Collective over all ranks, which have met.
-  Accelerator(Core& core, int device, Deadline deadline);
+  Accelerator(Core& core, int device, Deadline deadline, const Interrupted& interrupted);
   ~Accelerator();
   /// Starts the watcher, which holds the core until the end.
   void start(const std::shared_ptr<Core>& core);
 
   const int device;
   cuda::Gpu& gpu() const { return *gpu_; }
-  /// Whether kernels carry the data; else they go through host memory.
-  bool kernels() const { return gpu_->why_host().empty(); }
+  /// Whether kernels alone carry the data.
+  bool kernels() const { return why_host_.empty(); }
+  /// Why they do not; the host then has its part in every collective.
+  const std::string& why_host() const { return why_host_; }
+  /// What carries large allreduces across nodes; null: host memory.
+  Direct* direct() const { return direct_.get(); }
   const std::shared_ptr<Arena>& arena() const { return arena_; }
   /// Collective.
   std::shared_ptr<Block> allocate(Core& core, size_t size_bytes, Deadline deadline);
@@ -54,6 +59,9 @@ class Accelerator {
   enum class Stage : uint32_t { working, idle, unmapped };
   static Stage stage_of(const Core& core, int peer);
 
+  void open(Core& core, Deadline deadline);
+  void open_everywhere(Core& core, Deadline deadline, const Interrupted& interrupted);
+  void close_gpu(Core& core, Deadline deadline);
   bool rest();
   void watch(Core& core);
   void look(Core& core);
@@ -62,6 +70,8 @@ class Accelerator {
   bool all_reach(Core& core, Stage stage);
 
   std::unique_ptr<cuda::Gpu> gpu_;
+  std::unique_ptr<Direct> direct_;
+  std::string why_host_;
   std::shared_ptr<Arena> arena_;
   std::shared_ptr<Block> staging_;
   std::unique_ptr<char[]> own_pinned_;

@@ -8,10 +8,11 @@
 namespace ringreduce {
 namespace {
 
-// What a communicator takes of MPI's tags: a wire needs one per channel.
+// What a communicator takes of MPI's tags: a wire needs one per channel, one of rings only one.
 constexpr int agreement_tags = 0, leaders_tags = 1, rail_tags = leaders_tags + num_channels,
               all_ranks_tags = rail_tags + num_channels,
-              tags_per_communicator = all_ranks_tags + num_channels;
+              device_rail_tags = all_ranks_tags + num_channels,
+              tags_per_communicator = device_rail_tags + 1;
 
 /// Grows by one with every communicator that this process has been a member of.
 std::atomic<int> next_communicator{0};
@@ -86,6 +87,10 @@ Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& excha
       std::make_unique<NetWire>(network.mpi, leader_numbers, node_, first_tag + leaders_tags);
   rail_ = std::make_unique<NetWire>(network.mpi, rail_numbers, node_, first_tag + rail_tags);
   all_ranks_ = std::make_unique<NetWire>(network.mpi, numbers, rank, first_tag + all_ranks_tags);
+  make_device_rail_ = [this, mpi = network.mpi, rail_numbers, first_tag](WireDevice& device) {
+    return std::make_unique<NetWire>(mpi, rail_numbers, node_, first_tag + device_rail_tags,
+                                     &device);
+  };
   Lifeline::Events events{[this](const std::string& message) { heard(message); },
                           [this](int other) { lost(other); }, [this] { look_around(); }};
   lifeline_ =
@@ -100,14 +105,23 @@ NodesShape Cluster::shape() const {
   return {nodes(), static_cast<int>(largest), rails_};
 }
 
-/// MPI's numbers of all ranks; and the names of all hosts.
+void Cluster::open_device_rail(WireDevice& device) { device_rail_ = make_device_rail_(device); }
+
+/// MPI's numbers of all ranks; the names of all hosts; and whether all take device memory.
 std::vector<int> Cluster::learn_numbers(const Exchange& exchange, const Network& network) {
-  const std::vector<std::string> cards = exchange(std::to_string(network.rank) + " " + host_name());
+  const std::vector<std::string> cards =
+      exchange(std::to_string(network.rank) + (network.mpi->takes_device_memory ? " 1 " : " 0 ") +
+               host_name());
   std::vector<int> numbers;
-  for (const std::string& card : cards) numbers.push_back(std::stoi(card));
+  std::vector<std::string> hosts;
+  for (const std::string& card : cards) {
+    std::istringstream words(card);
+    bool takes = false;
+    words >> numbers.emplace_back() >> takes >> hosts.emplace_back();
+    takes_device_memory_ = takes_device_memory_ && takes;
+  }
   for (const std::vector<int>& members : ranks_) {
-    const std::string& card = cards[static_cast<size_t>(members[0])];
-    hosts_.push_back(card.substr(card.find(' ') + 1));
+    hosts_.push_back(hosts[static_cast<size_t>(members[0])]);
   }
   return numbers;
 }
@@ -213,6 +227,7 @@ void Cluster::close(bool idle) {
   if (!idle || group_.aborted()) return;  // then MPI has the memory until it ends
   agreement_->close();
   for (NetWire* wire : {leaders_.get(), rail_.get(), all_ranks_.get()}) wire->close();
+  device_rail_closed_ = device_rail_ && device_rail_->close();
 }
 
 }  // namespace ringreduce

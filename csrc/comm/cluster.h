@@ -52,6 +52,13 @@ class Cluster : public Remote {
   NetWire& rail() { return *rail_; }
   /// Over all ranks of the communicator, in their order.
   NetWire& all_ranks() { return *all_ranks_; }
+  /// Among the carriers of this rank's rail, with what lies on a GPU: if every rank's MPI takes
+  /// that. Opened once, before it is used.
+  bool takes_device_memory() const { return takes_device_memory_; }
+  void open_device_rail(WireDevice& device);
+  NetWire& device_rail() { return *device_rail_; }
+  /// After close(): whether MPI has none of its slots any more.
+  bool device_rail_closed() const { return device_rail_closed_; }
   /// Drives the network while the caller works inside of the node.
   Engine& engine() { return *engine_; }
 
@@ -82,7 +89,9 @@ class Cluster : public Remote {
   int rails_;
   std::vector<std::string> hosts_;  // by node
   std::unique_ptr<Agreement> agreement_;
-  std::unique_ptr<NetWire> leaders_, rail_, all_ranks_;
+  std::unique_ptr<NetWire> leaders_, rail_, all_ranks_, device_rail_;
+  bool takes_device_memory_ = true, device_rail_closed_ = false;
+  std::function<std::unique_ptr<NetWire>(WireDevice&)> make_device_rail_;
   std::shared_ptr<Engine> engine_;
 
   std::mutex mutex_;  // of what follows

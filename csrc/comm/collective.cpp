@@ -35,15 +35,7 @@ TraceRecord record_of(const Core& core, const Call& call, const Work& work, int6
 
 /// Throws on all nodes what one of them says, or they would be out of step. Empty: nothing.
 void throw_on_all_nodes(Core& core, const std::string& failure, const Interrupted& interrupted) {
-  char failed = failure.empty() ? 0 : 1;
-  Call tell;
-  tell.kind = Kind::allreduce;
-  tell.op = Op::max;
-  tell.dtype = Dtype::u8;
-  tell.tensors = {{&failed, &failed, {{1}, {}}, {{1}, {}}}};
-  Work told;
-  run_collective(core, tell, told, interrupted);
-  if (failed == 0) return;
+  if (least_of_all(core, failure.empty() ? 1 : 0, interrupted) == 1) return;
   throw Error(ErrorCode::resource,
               failure.empty() ? "another host could not allocate the memory" : failure);
 }
@@ -56,6 +48,18 @@ void run_on_host(Core& core, const Call& call, Work& work, const Interrupted& in
   } else {
     run_on_node(core, call, work, interrupted);
   }
+}
+
+uint8_t least_of_all(Core& core, uint8_t mine, const Interrupted& interrupted) {
+  char least = static_cast<char>(mine);
+  Call tell;
+  tell.kind = Kind::allreduce;
+  tell.op = Op::min;
+  tell.dtype = Dtype::u8;
+  tell.tensors = {{&least, &least, {{1}, {}}, {{1}, {}}}};
+  Work told;
+  run_on_host(core, tell, told, interrupted);
+  return static_cast<uint8_t>(least);
 }
 
 void run_collective(Core& core, const Call& call, Work& work, const Interrupted& interrupted) {
@@ -97,7 +101,8 @@ std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
   run_collective(core, call, work, interrupted);
   const auto allocate = [&](Deadline deadline) {
     return device < 0 ? core.arena->allocate(core.node, size_bytes, deadline)
-                      : accelerator_of(core, device, deadline).allocate(core, size_bytes, deadline);
+                      : accelerator_of(core, device, deadline, interrupted)
+                            .allocate(core, size_bytes, deadline);
   };
   std::shared_ptr<Block> block;
   std::string failure;

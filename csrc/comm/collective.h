@@ -2,6 +2,7 @@
 // runs is in on_node.cpp, across.cpp and on_gpu.cpp.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -21,6 +22,9 @@ void run_on_host(Core& core, const Call& call, Work& work, const Interrupted& in
 /// Collective: all ranks meet and then extend the arena. `device`: -1 for memory of the host.
 std::shared_ptr<Block> run_allocate(Core& core, size_t size_bytes, int device,
                                     const Interrupted& interrupted);
+
+/// Collective over all nodes, as a step of another collective: the least of what ranks say.
+uint8_t least_of_all(Core& core, uint8_t mine, const Interrupted& interrupted);
 
 /// Throws MismatchError's text: who called what. `headers`: of all ranks, in order.
 [[noreturn]] void throw_mismatch(const Core& core, const std::vector<Header>& headers);

@@ -1,17 +1,12 @@
 #include "comm/on_gpu.h"
 
 #include <algorithm>
-#include <thread>
 
 #include "comm/accelerator.h"
 #include "comm/collective.h"
 
 namespace ringreduce {
 namespace {
-
-/// How often a wait for the device looks before it gives the core away, and for how long then.
-constexpr int spins = 1000;
-constexpr auto slice = std::chrono::microseconds(50);
 
 class OnGpu {
  public:
@@ -35,12 +30,11 @@ class OnGpu {
     stream_ = call_.after ? gpu().side_stream() : call_.stream;
     if (call_.after) call_.after->hold_back(stream_);
     gpu().begin(stream_);
-    if (message_count() == 0) {
-      // Nothing to move, but the end is still a moment on the stream.
-    } else if (accelerator_->kernels()) {
-      launch();
-    } else {
-      through_host();
+    try {
+      move();
+    } catch (...) {
+      gpu().end(stream_);  // what was enqueued is waited for before anything is taken down
+      throw;
     }
     gpu().end(stream_);
     if (call_.after) work_.event = cuda::record(call_.device, stream_);
@@ -68,10 +62,21 @@ class OnGpu {
     digest_ = meeting.header(0).digest();
   }
 
+  void move() {
+    if (message_count() == 0) return;  // and yet the end is a moment on the stream
+    if (accelerator_->kernels()) {
+      launch();
+    } else if (const size_t chunk = direct_chunk()) {
+      directly(chunk);
+    } else {
+      through_host();
+    }
+  }
+
   Accelerator& open() const {
     return set_up_together(core_, call_.header(core_.sequence.load()), interrupted_,
                            [this](Deadline deadline) -> Accelerator& {
-                             return accelerator_of(core_, call_.device, deadline);
+                             return accelerator_of(core_, call_.device, deadline, interrupted_);
                            });
   }
 
@@ -98,7 +103,7 @@ class OnGpu {
 
   // ---- By kernels.
 
-  void launch() {
+  cuda::DeviceCall device_call() const {
     cuda::DeviceCall call{};
     call.dtype = call_.dtype;
     call.op = call_.op;
@@ -106,6 +111,11 @@ class OnGpu {
     call.count = message_count();
     call.input = input_;
     call.output = output_;
+    return call;
+  }
+
+  void launch() {
+    cuda::DeviceCall call = device_call();
     call.reduces = call_.kind != Kind::allgather && call_.kind != Kind::broadcast;
     call.gathers = call_.kind != Kind::reduce_scatter && call_.kind != Kind::reduce;
     cuda::Kernel kernel = cuda::Kernel::staged;
@@ -154,6 +164,22 @@ class OnGpu {
     return true;
   }
 
+  // ---- Across nodes, through an MPI that takes device memory.
+
+  /// 0: the host does it.
+  size_t direct_chunk() const {
+    if (!accelerator_->direct() || call_.kind != Kind::allreduce) return 0;
+    return core_.tuner.direct_chunk(count_, core_.cluster->shape(), call_.dtype);
+  }
+
+  void directly(size_t chunk) {
+    const Header header = call_.header(core_.sequence.load());
+    GroupWatch watch = core_.watch(header, interrupted_);
+    if (!accelerator_->direct()->allreduce(device_call(), core_.size, chunk, stream_, watch)) {
+      throw_failure();
+    }
+  }
+
   // ---- Through host memory.
 
   /// What the host writes to is no longer read by copies that were enqueued before.
@@ -165,11 +191,7 @@ class OnGpu {
   void wait_for(cuda::Event& event) {
     const Header header = call_.header(core_.sequence.load());
     GroupWatch watch = core_.watch(header, interrupted_);
-    for (int look = 0; !event.done(); ++look) {
-      if (look < spins) continue;
-      if (watch.stop()) throw_failure();
-      std::this_thread::sleep_for(slice);
-    }
+    if (!wait_for_device(event, watch)) throw_failure();
   }
 
   void through_host() {
@@ -318,9 +340,9 @@ void check_on_gpu(const Core& core, const Call& call) {
   }
   if (!open->kernels()) {
     throw Error(ErrorCode::invalid,
-                "this collective cannot be recorded in a CUDA graph, because it goes through host "
-                "memory: " +
-                    open->gpu().why_host());
+                "this collective cannot be recorded in a CUDA graph, because the host has its part "
+                "in it: " +
+                    open->why_host());
   }
 }
 
@@ -334,10 +356,11 @@ void run_on_gpu(Core& core, const Call& call, Work& work, const Interrupted& int
   }
 }
 
-Accelerator& accelerator_of(Core& core, int device, Deadline deadline) {
+Accelerator& accelerator_of(Core& core, int device, Deadline deadline,
+                            const Interrupted& interrupted) {
   if (Engine::on_progress_thread()) cuda::settle(device);
   if (const std::shared_ptr<Accelerator> open = core.accelerator()) return *open;
-  auto opened = std::make_shared<Accelerator>(core, device, deadline);
+  auto opened = std::make_shared<Accelerator>(core, device, deadline, interrupted);
   opened->start(core.shared_from_this());
   core.set_accelerator(opened);
   return *opened;

@@ -1,5 +1,5 @@
 // One collective on GPU memory: the ranks meet on the host, as for any collective; then kernels are
-// launched, or the data go through host memory.
+// launched, or the data go across nodes from GPU to GPU, or through host memory.
 #pragma once
 
 #include "comm/communicator.h"
@@ -17,6 +17,7 @@ void check_on_gpu(const Core& core, const Call& call);
 void run_on_gpu(Core& core, const Call& call, Work& work, const Interrupted& interrupted);
 
 /// The communicator's accelerator. The first call, at the same point of all ranks, opens it.
-Accelerator& accelerator_of(Core& core, int device, Deadline deadline);
+Accelerator& accelerator_of(Core& core, int device, Deadline deadline,
+                            const Interrupted& interrupted);
 
 }  // namespace ringreduce

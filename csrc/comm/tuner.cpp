@@ -1,6 +1,9 @@
 #include "comm/tuner.h"
 
+#include <algorithm>
+
 #include "base/error.h"
+#include "comm/accelerator.h"
 #include "cuda/kernels.h"
 #include "net/agreement.h"
 #include "net/wire.h"
@@ -15,6 +18,11 @@ constexpr size_t one_shot_largest_bytes = size_t{64} << 10;
 
 // Up to here a rank is done before others, which share its core, have woken up.
 constexpr size_t small_bytes = size_t{32} << 10;
+
+// A kernel, or a copy between the device and the host, and the wait for it; and what PCIe 4.0 x16
+// carries. Derived, not measured.
+constexpr double launch_s = 10e-6;
+constexpr double copied_bytes_per_s = 25e9;
 
 }  // namespace
 
@@ -70,6 +78,30 @@ Algorithm Tuner::choose(Kind kind, size_t message_bytes) const {
 NodesChoice Tuner::across(size_t count, NodesShape shape, Dtype dtype) const {
   return choose_hierarchical(count, shape, agreed_.inside(), agreed_.rail(shape.rails), dtype,
                              NetWire::slot_bytes / partial_size_of(dtype), NetWire::lanes);
+}
+
+/// Every message of the ring waits for a kernel, which lanes hide as they hide latency; but the
+/// launches are one rank's, one after the other. Through the host, the first segment and the last
+/// are copied while nothing else happens; all else is taken to be hidden, which it is not on a fast
+/// network.
+size_t Tuner::direct_chunk(size_t count, NodesShape shape, Dtype dtype) const {
+  if (needs_wire() || count == 0) return 0;
+  const Rails rails{shape.rails, count, count, line_bytes};
+  const size_t shard = rails.shards(0, shape.rails).largest(), item_bytes = partial_size_of(dtype);
+  const Blocks blocks = Blocks::even(shard, shape.nodes, line_bytes);
+  const size_t wanted = (blocks.largest() + NetWire::lanes - 1) / NetWire::lanes;
+  const size_t chunk = std::min((wanted + line_bytes - 1) / line_bytes * line_bytes,
+                                NetWire::device_slot_bytes / item_bytes);
+  Link link = rail(shape.rails);
+  link.alpha_s += launch_s;
+  const double launches_s =
+      static_cast<double>(ring_allreduce_cost(blocks, chunk, 0).steps) * launch_s;
+  const double direct_s = std::max(
+      launches_s,
+      across_time_s({Across::ring, chunk}, shard, shape.nodes, link, dtype, NetWire::lanes));
+  const size_t segment_bytes = std::min(count * size_of(dtype), Accelerator::staging_bytes / 2);
+  const double copy_s = launch_s + static_cast<double>(segment_bytes) / copied_bytes_per_s;
+  return direct_s <= across(count, shape, dtype).time_s + 2 * copy_s ? chunk : 0;
 }
 
 Forecast Tuner::forecast(size_t message_bytes, NodesShape shape) const {

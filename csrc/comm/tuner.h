@@ -44,6 +44,9 @@ class Tuner {
 
   /// How the sum of `count` elements goes across nodes.
   NodesChoice across(size_t count, NodesShape shape, Dtype dtype) const;
+  /// Elements of a chunk with which such a sum of GPU memory crosses nodes by a ring of the GPUs
+  /// (direct.h); 0: the host, which has other algorithms, is sooner.
+  size_t direct_chunk(size_t count, NodesShape shape, Dtype dtype) const;
   /// A node's link to the next one, as each of its `rails` sees it.
   Link rail(int rails) const { return agreed_.rail(rails); }
 
