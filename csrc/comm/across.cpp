@@ -32,7 +32,7 @@ class AcrossNodes : private HostCollective {
     const bool small = sums && !call_.meets_only && !core_.tuner.needs_wire() &&
                        operands_.count() * partial_bytes_ <= Agreement::largest_payload_bytes;
     core_.window.begin(header_, message_, watch_);
-    if (small) core_.window.share_input({0, operands_.count()});
+    if (small && !alone()) core_.window.share_input({0, operands_.count()});
     core_.window.arrive();
     if (core_.window.stopped()) throw_failure();
     if (!meet(small ? operands_.count() : 0)) throw_mismatch(core_, all_headers());
@@ -56,7 +56,7 @@ class AcrossNodes : private HostCollective {
       throw_failure();
     }
     if (shared.nodes_differ.load(std::memory_order_relaxed) != 0) return false;
-    if (count > 0) {
+    if (count > 0 && !alone()) {
       const size_t bytes = count * message_.item_bytes;
       message_.copy_out({0, count}, core_.window.share(0, bytes));
       core_.window.end_share(bytes);
@@ -68,18 +68,39 @@ class AcrossNodes : private HostCollective {
     const Reduction local = unfinished(message_.reduction);
     alignas(64) char sum[Agreement::largest_payload_bytes];
     const bool differs = core_.window.mismatch();
-    if (count > 0 && !differs) core_.window.reduce_shares(local, count, {sum, Format::partial});
+    if (count > 0 && !differs) add_up(local, count, sum);
     const Agreement::Verdict verdict =
         cluster_.agreement().meet(header_.digest(), differs, {local, sum, count}, watch_);
     if (verdict == Agreement::Verdict::stopped) throw_failure();
     if (verdict == Agreement::Verdict::differ) return false;
-    if (count > 0) {
+    if (alone()) {
+      message_.for_each_run(message_.outputs, {0, count}, [&](char* output, Chunk part) {
+        finish(sum + part.offset * partial_bytes_, output, part.length);
+      });
+    } else if (count > 0) {
       // The leader's own input has been read, and nobody else looks there before nodes_met.
-      const Target target{core_.window.share(0, count * message_.item_bytes), Format::storage};
-      const Source source{sum, Format::partial};
-      reduce(message_.reduction, {&target, 1}, {&source, 1}, count);
+      finish(sum, core_.window.share(0, count * message_.item_bytes), count);
     }
     return true;
+  }
+
+  /// A leader with nobody to lead: its tensors are read and written where they are.
+  bool alone() const { return core_.group.size() == 1; }
+
+  /// This node's partial values.
+  void add_up(const Reduction& local, size_t count, char* sum) {
+    if (!alone()) return core_.window.reduce_shares(local, count, {sum, Format::partial});
+    message_.for_each_run(message_.inputs, {0, count}, [&](const char* input, Chunk part) {
+      const Target target{sum + part.offset * partial_bytes_, Format::partial};
+      const Source source{input, Format::storage};
+      reduce(local, {&target, 1}, {&source, 1}, part.length);
+    });
+  }
+
+  void finish(const char* sum, char* result, size_t count) const {
+    const Target target{result, Format::storage};
+    const Source source{sum, Format::partial};
+    reduce(message_.reduction, {&target, 1}, {&source, 1}, count);
   }
 
   /// Of all ranks of the communicator, in their order.

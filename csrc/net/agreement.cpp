@@ -47,19 +47,17 @@ void Agreement::tell(State& state, int node) {
 }
 
 void Agreement::learn(State& state, int node, bool replace) {
-  size_t received = 0;
-  const char* slot = state.stopped ? nullptr : links_.incoming({node, 0}, state.watch, &received);
+  const char* slot = state.stopped ? nullptr : links_.incoming({node, 0}, state.watch);
   if (!slot) {
     state.stopped = true;
     return;
   }
   Note note;
-  if (received < sizeof(Note)) throw Error(ErrorCode::resource, "a peer's message is cut short");
   std::memcpy(&note, slot, sizeof(Note));
   if (note.differs || note.digest != state.note.digest) state.note.differs = 1;
   const size_t bytes = state.note.payload_bytes;
   if (!state.note.differs && bytes > 0) {
-    if (received != sizeof(Note) + bytes) {
+    if (note.payload_bytes != bytes) {
       throw Error(ErrorCode::resource, "a peer's message is cut short");
     }
     const char* theirs = slot + sizeof(Note);

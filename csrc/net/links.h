@@ -19,7 +19,8 @@ class Links {
   /// Messages under way per FIFO and direction.
   static constexpr uint64_t num_slots = 8;
 
-  /// How long a wait gives up the core between two looks, before it sleeps between them.
+  /// How long a wait looks without giving up the core, and then with, before it sleeps between
+  /// looks.
   enum class Haste { small_messages, large_messages };
 
   /// The memory of one FIFO's slots, of so many bytes. Not freed here.
@@ -53,8 +54,8 @@ class Links {
     Peer peer;
     std::unique_ptr<char[], void (*)(char*)> memory;
     Mpi::Request requests[num_slots];
-    uint64_t moved = 0;  // messages since the communicator began
-    bool open = false;   // incoming: its receives are posted
+    uint64_t moved = 0;   // messages since the communicator began
+    uint64_t posted = 0;  // incoming: receives; caught up when the next message is wanted
   };
 
   Link& find(std::vector<Link>& links, Peer peer);
@@ -68,6 +69,7 @@ class Links {
   std::vector<int> ranks_;
   int first_tag_;
   size_t slot_bytes_;
+  int looks_;  // of a wait, before it reads the clock
   int64_t spin_ns_, yield_ns_;
   const Memory memory_;
   std::vector<Link> incoming_, outgoing_;
