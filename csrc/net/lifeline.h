@@ -6,6 +6,13 @@
 // A node that has said goodbye hears nothing more, but passes on what others tell until they have
 // said goodbye, too, or its process ends.
 //
+// A leader that is killed cuts the tree into parts, and is missed in each: all its neighbours see
+// their connection end, and each tells its own part. Later news do not cross from part to part, and
+// need not: the communicator is dead on all nodes by then. What is not told and ends by the
+// deadline only: what happens behind a leader that is stopped, which relays nothing; and a death
+// during the last collective of a leader that had said goodbye, and whose process has ended, too
+// (MPI_Finalize keeps it until all ranks are there).
+//
 // Who connects must show a random token that only ranks of this communicator were given; nothing
 // listens once all are connected.
 #pragma once
