@@ -43,7 +43,7 @@ void Agreement::tell(State& state, int node) {
   const size_t bytes = state.note.differs ? 0 : state.note.payload_bytes;
   std::memcpy(slot, &state.note, sizeof(Note));
   if (bytes > 0) std::memcpy(slot + sizeof(Note), state.payload.data, bytes);
-  links_.send({node, 0}, sizeof(Note) + bytes);
+  state.stopped = !links_.send({node, 0}, sizeof(Note) + bytes, state.watch);
 }
 
 void Agreement::learn(State& state, int node, bool replace) {

@@ -5,6 +5,7 @@
 #include <ctime>
 
 #include "base/deadline.h"
+#include "base/error.h"
 
 namespace ringreduce {
 namespace {
@@ -20,6 +21,8 @@ constexpr int64_t small_spin_ns = 30'000, large_spin_ns = 0;
 constexpr int small_looks = 16, large_looks = 1;
 constexpr int64_t look_around_ns = 100'000;
 constexpr timespec nap{0, 30'000};
+// Within it a rank's end is known on all nodes, and it is well before launchers end the others.
+constexpr double news_limit_s = 0.15;
 
 }  // namespace
 
@@ -73,26 +76,52 @@ char* Links::outgoing(Peer to, Watch& watch) {
   return slot(link, link.moved);
 }
 
-void Links::send(Peer to, size_t size_bytes) {
+/// MPI refuses messages of a rank that has ended, at times before the watch knows of it: then the
+/// watch is given the time, since it can tell who that was. False if it has stopped.
+template <class Operation>
+bool Links::attempt(Watch& watch, Operation operation) {
+  try {
+    return operation();
+  } catch (const Error&) {
+    const Deadline limit = Deadline::after_s(news_limit_s);
+    while (!watch.stop()) {
+      if (limit.passed(now_ns())) throw;
+      nanosleep(&nap, nullptr);
+    }
+    return false;
+  }
+}
+
+bool Links::send(Peer to, size_t size_bytes, Watch& watch) {
   Link& link = find(outgoing_, to);
   Mpi::Request& request = link.requests[link.moved++ % num_slots];
-  mpi_->isend(slot(link, link.moved - 1), size_bytes, ranks_[static_cast<size_t>(to.rank)],
-              first_tag_ + to.channel, request);
-  // Most small messages have left by now. Asked here, and not by flush(), it costs nothing where
-  // this rank would only wait for the peer's.
-  if (looks_ > 1) mpi_->test(request);
+  return attempt(watch, [&] {
+    mpi_->isend(slot(link, link.moved - 1), size_bytes, ranks_[static_cast<size_t>(to.rank)],
+                first_tag_ + to.channel, request);
+    // Most small messages have left by now. Asked here, and not by flush(), it costs nothing where
+    // this rank would only wait for the peer's.
+    if (looks_ > 1) mpi_->test(request);
+    return true;
+  });
 }
 
 const char* Links::incoming(Peer from, Watch& watch, size_t* size_bytes) {
   Link& link = find(incoming_, from);
-  for (; link.posted < link.moved + num_slots; ++link.posted) post(link, link.posted);
-  if (!wait(link.requests[link.moved % num_slots], watch, size_bytes)) return nullptr;
+  const bool posted = attempt(watch, [&] {
+    for (; link.posted < link.moved + num_slots; ++link.posted) post(link, link.posted);
+    return true;
+  });
+  if (!posted || !wait(link.requests[link.moved % num_slots], watch, size_bytes)) return nullptr;
   return slot(link, link.moved);
 }
 
 void Links::release(Peer from) { ++find(incoming_, from).moved; }
 
 bool Links::wait(Mpi::Request& request, Watch& watch, size_t* size_bytes) {
+  return attempt(watch, [&] { return look(request, watch, size_bytes); });
+}
+
+bool Links::look(Mpi::Request& request, Watch& watch, size_t* size_bytes) {
   for (int look = 0; look < looks_; ++look) {
     if (mpi_->test(request, size_bytes)) return true;
   }

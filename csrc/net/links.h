@@ -34,7 +34,8 @@ class Links {
 
   /// The slot of the next message to a peer, once it is free; null if the watch stopped the wait.
   char* outgoing(Peer to, Watch& watch);
-  void send(Peer to, size_t size_bytes);
+  /// False if the watch stopped it.
+  bool send(Peer to, size_t size_bytes, Watch& watch);
 
   /// The next message of a peer, once it is here; null if the watch stopped the wait.
   const char* incoming(Peer from, Watch& watch, size_t* size_bytes = nullptr);
@@ -64,6 +65,9 @@ class Links {
   }
   void post(Link& link, uint64_t index);
   bool wait(Mpi::Request& request, Watch& watch, size_t* size_bytes);
+  bool look(Mpi::Request& request, Watch& watch, size_t* size_bytes);
+  template <class Operation>
+  bool attempt(Watch& watch, Operation operation);
 
   std::shared_ptr<Mpi> mpi_;
   std::vector<int> ranks_;

@@ -9,7 +9,6 @@ namespace ringreduce {
 void NetWire::begin(const Message& message, Watch& watch) {
   message_ = &message;
   watch_ = &watch;
-  stopped_ = false;
 }
 
 bool NetWire::end() {
@@ -61,7 +60,9 @@ void NetWire::advance(Peers from, Peers to, size_t to_bytes) {
     stopped_ = true;
     return;
   }
-  for (const Peer& peer : to) links_.send(peer, to_bytes);
+  for (const Peer& peer : to) {
+    if (!links_.send(peer, to_bytes, *watch_)) stopped_ = true;
+  }
   for (const Peer& peer : from) links_.release(peer);
 }
 

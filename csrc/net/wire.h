@@ -89,6 +89,8 @@ class NetWire {
   const Message* message_ = nullptr;
   Watch* watch_ = nullptr;
   std::vector<char> kept_;  // a running sum, partial
+  // For good: of a message that has stopped the peers have some parts and wait for the rest, which
+  // a later one, begun before they know, must not be taken for.
   bool stopped_ = false;
 };
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fake_mpi.h"
+#include "net/links.h"
 #include "ranks.h"
 
 namespace ringreduce {
@@ -300,6 +301,29 @@ void failures_of_the_network() {
   error_of(ErrorCode::resource, [&] { b->test(receive); });
 }
 
+/// Knows after so many looks why the wait is in vain; -1: never.
+class LateWatch : public Watch {
+ public:
+  explicit LateWatch(int looks) : looks_(looks) {}
+  bool stop() override { return looks_ == 0 || (looks_ > 0 && --looks_ == 0); }
+
+ private:
+  int looks_;
+};
+
+void what_mpi_refuses_waits_for_the_watch() {
+  FakeNetwork network;
+  Links links(network.rank(0), {0, 1}, 0, 64, Links::Haste::small_messages);
+  LateWatch late(20), never(-1);
+  require(links.outgoing({1, 0}, late) != nullptr, "a free slot");
+  network.break_calls_of(0);
+  require(!links.send({1, 0}, 64, late), "the watch has stopped a send");
+  LateWatch also_late(20);
+  require(links.incoming({1, 0}, also_late) == nullptr, "the watch has stopped a receive");
+  require_in("MPI refused a start",
+             error_of(ErrorCode::resource, [&] { links.send({1, 0}, 64, never); }));
+}
+
 }  // namespace
 }  // namespace ringreduce
 
@@ -313,6 +337,7 @@ int main() {
   what_is_missing_is_named();
   who_takes_device_memory();
   failures_of_the_network();
+  what_mpi_refuses_waits_for_the_watch();
   for (const unsigned max_delay_tests : {0u, 20u}) {
     for (const int size : {1, 4}) {
       announce("traffic", size);
