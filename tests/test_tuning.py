@@ -110,6 +110,16 @@ def test_constants_reach_the_tuner_and_those_of_parts(file):
     assert {each[2] for each in by_source} == {each[2] for each in by_file}  # and no bit differs
 
 
+def test_no_file_asks_more_of_one_shot_than_its_memory_takes():
+    def fn(comm):
+        constants = {"one_shot_bytes": 1e9}
+        comm.bootstrap.settings = settings.replace(comm.bootstrap.settings, constants=constants)
+        core = comm.split(0).core
+        return [core.choice(ALLREDUCE, size) for size in (65536, 65537)]
+
+    assert testing.run_threads(2, fn, timeout_s=20) == 2 * [["one_shot", "two_shot"]]
+
+
 def test_the_core_refuses_what_it_does_not_know():
     def fn(comm):
         comm.bootstrap.settings = settings.replace(

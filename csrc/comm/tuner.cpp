@@ -12,8 +12,7 @@
 namespace ringreduce {
 namespace {
 
-// What the shared memory of one_shot takes, if it was asked for by name; larger messages go by
-// two_shot.
+// What the shared memory of one_shot takes, whoever asks for more; larger messages go by two_shot.
 constexpr size_t one_shot_largest_bytes = size_t{64} << 10;
 
 // Up to here a rank is done before others, which share its core, have woken up.
@@ -65,8 +64,9 @@ Algorithm Tuner::choose(Kind kind, size_t message_bytes) const {
   }
   switch (wanted_) {
     case Algorithm::automatic: {
-      const auto limit = static_cast<size_t>(here_.one_shot_bytes);
-      return message_bytes <= limit ? Algorithm::one_shot : Algorithm::two_shot;
+      const bool fits = message_bytes <= one_shot_largest_bytes &&
+                        static_cast<double>(message_bytes) <= here_.one_shot_bytes;
+      return fits ? Algorithm::one_shot : Algorithm::two_shot;
     }
     case Algorithm::one_shot:
       return message_bytes <= one_shot_largest_bytes ? Algorithm::one_shot : Algorithm::two_shot;
