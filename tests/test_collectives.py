@@ -28,7 +28,7 @@ from expected import (
 pytestmark = pytest.mark.core
 
 # Bytes of a message at which something changes: auto's two limits, one_shot's, a slot of the wire.
-LIMITS_BYTES = (2048, 4096, 65536)
+LIMITS_BYTES = (2048, 8192, 65536)
 
 
 @functools.cache

@@ -21,14 +21,14 @@ struct Constants {
   double network_node_gb_per_s = 1.25;  // what a node's ranks send together
 
   // Inside a node: 2 ranks on two cores of an AMD EPYC (Zen 4), float32; rates of 16 MB in private
-  // memory. At 2 KB one_shot took 0.82 of two_shot's time in private and 0.98 in symmetric memory,
-  // at 4 KB 0.90 and 1.06, at 8 KB 1.12 and 1.29, at 16 KB 1.21 and 1.73.
+  // memory. At 2 KB one_shot took 0.87 of two_shot's time in private and 0.86 in symmetric memory,
+  // at 4 KB 0.89 and 0.88, at 8 KB 0.90 and 0.97, at 16 KB 0.89 and 1.11, at 32 KB 0.96 and 1.28.
   double meeting_us = 0.7;       // until all have seen that all have come
   double inside_gb_per_s = 12;   // what a rank fetches from others' memory, and adds
-  double one_shot_bytes = 4096;  // largest message that all reduce by themselves, in one meeting
+  double one_shot_bytes = 8192;  // largest message that all reduce by themselves, in one meeting
 
-  /// Where ranks outnumber cores: 8 ranks on the same two. At 1 KB 0.89 and 1.00, at 2 KB 0.94 and
-  /// 1.05, at 4 KB 1.00 and 1.16, at 8 KB 1.09 and 1.29.
+  /// Where ranks outnumber cores: 8 ranks on the same two. At 1 KB 0.98 and 1.04, at 2 KB 0.97 and
+  /// 1.03, at 4 KB 1.00 and 1.07, at 8 KB 1.06 and 1.15.
   static Constants of_shared_cores() {
     Constants constants;
     constants.meeting_us = 13.5;
