@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,16 @@ def run_to_end(
     command: Sequence[str], environment: dict[str, str], timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command, of which nothing is left afterwards."""
+    # Files of its own: Open MPI's bear the launcher's pid, and what a killed one has left keeps a
+    # later one of the same pid from starting.
+    with tempfile.TemporaryDirectory(prefix="job") as files:
+        return run_marked(command, environment | {"TMPDIR": files}, timeout_s)
+
+
+def run_marked(
+    command: Sequence[str], environment: dict[str, str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose processes are known by a mark in their environment."""
     mark = f"TEST_JOB={uuid.uuid4()}"
     process = subprocess.Popen(
         command,

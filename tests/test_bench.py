@@ -377,11 +377,23 @@ def test_the_program_measures_exact_results_beside_its_peers(mpirun, tmp_path: P
     assert sum(line.startswith(" ") for line in done.stdout.splitlines()) == 15
 
 
-@pytest.mark.parametrize("collective", ["reduce_scatter", "allgather", "broadcast"])
-def test_the_program_measures_every_collective(mpirun, collective: str) -> None:
-    arguments = f"-m ringreduce.bench --collective {collective} --sizes 40,9000 --blocks 3"
-    done = mpirun(3, [*arguments.split(), "--peers", "mpi", "--frameworks", "numpy"], timeout_s=60)
+COLLECTIVES = ("reduce_scatter", "allgather", "broadcast")
+EVERY_COLLECTIVE = f"""
+from ringreduce import bench
+for collective in {COLLECTIVES}:
+    arguments = f"--collective {{collective}} --sizes 40,9000 --blocks 3"
+    status = bench.main([*arguments.split(), "--peers", "mpi", "--frameworks", "numpy"])
+    assert status == 0, status
+"""
+
+
+def test_the_program_measures_every_collective(mpirun) -> None:
+    done = mpirun(3, EVERY_COLLECTIVE, timeout_s=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(" ")]
-    assert [line[4] for line in rows] == ["symmetric", "private", "mpi"] * 2
-    assert {line[-2] for line in rows} == {"0"}
+    tables = [part.split("\n") for part in done.stdout.split(", algorithm auto; ")]
+    for before, table, collective in zip(tables, tables[1:], COLLECTIVES, strict=False):
+        assert before[-1] == f"# {collective}"
+        rows = [line.split() for line in table if line.startswith(" ")]
+        assert [line[4] for line in rows] == ["symmetric", "private", "mpi"] * 2
+        assert {line[-2] for line in rows} == {"0"}
+    assert len(tables) == 1 + len(COLLECTIVES)

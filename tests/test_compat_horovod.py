@@ -255,16 +255,11 @@ print("well", flush=True)
 """
 
 
-def test_calls(mpirun):
-    done = mpirun(3, CALLS)
+def test_calls_which_meet_by_name_and_uneven_data_joins(mpirun):
+    """One job for both scripts: init() again after shutdown()."""
+    done = mpirun(3, CALLS + MEETING)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("well") == 3
-
-
-def test_calls_meet_by_name_and_uneven_data_joins(mpirun):
-    done = mpirun(3, MEETING)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("well") == 3
+    assert done.stdout.count("well") == 6
 
 
 @pytest.mark.core

@@ -15,7 +15,6 @@ from wrapped import TINY, SumOfBranches, assert_close, assert_equal, build, mlp,
 import ringreduce as rr
 from ringreduce.c10d_work import Callbacks, GroupWork
 from ringreduce.model import DistributedModel
-from ringreduce.sync_batchnorm import convert_sync_batchnorm
 from ringreduce.testing import run_threads
 from ringreduce.work import Work
 
@@ -181,7 +180,7 @@ def test_sync_batchnorm(fake_gpu):
     model = build(lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2)))
 
     def run(comm, to_device, wrap):
-        converted = convert_sync_batchnorm(to_device(model), comm=comm)
+        converted = rr.convert_sync_batchnorm(to_device(model), comm=comm)
         wrapped_model = DistributedModel(converted, comm=comm)
         x = wrap(normal(3 + comm.rank, 5, seed=comm.rank))
         for _ in range(2):

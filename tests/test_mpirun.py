@@ -28,14 +28,7 @@ TESTS = Path(__file__).parent
 
 
 def hosts_of_ranks():
-    return os.environ.get("HOSTS_OF_RANKS", "one " * rr.size()).split()
-
-
-if "HOSTS_OF_RANKS" in os.environ:
-    # Ranks of one machine that take themselves to be on several: all but the network is real.
-    from mpi4py import MPI
-
-    os.environ["RINGREDUCE_HOST"] = os.environ["HOSTS_OF_RANKS"].split()[MPI.COMM_WORLD.rank]
+    return (os.environ.get("HOSTS_OF_RANKS") or "one " * rr.size()).split()
 
 
 @pytest.fixture
@@ -193,33 +186,46 @@ def test_world_bits_are_the_same_everywhere(world):
         assert rr.broadcast_object(bits) == bits
 
 
+# By ranks of one job, since most of the time of a job goes into its imports: members, algorithm,
+# hosts, file. Ranks that take themselves to be on several hosts: all but the network is real.
+WORLDS = [
+    ((0, 1, 2, 3, 4), "auto", "", "test_mpirun.py"),
+    ((0, 1, 2, 3, 4), "auto", "a b a c c", "test_mpirun.py"),
+    ((0, 1), "tree", "", "test_mpirun.py"),
+    ((2, 3, 4), "ring", "a b b", "test_mpirun.py"),
+    ((2, 3, 4), "auto", "", "test_training.py"),
+]
+IN_EACH_WORLD = f"""
+import os
+import pytest
+from mpi4py import MPI
+import ringreduce as rr
+
+worlds, me = {WORLDS}, MPI.COMM_WORLD.rank
+parts = [MPI.COMM_WORLD.Split(0 if me in members else MPI.UNDEFINED) for members, *_ in worlds]
+for number, (part, (members, algorithm, hosts, file)) in enumerate(zip(parts, worlds)):
+    if me not in members:
+        continue
+    os.environ["EXPECTED_SIZE"] = str(len(members))
+    os.environ["HOSTS_OF_RANKS"] = hosts
+    os.environ["RINGREDUCE_HOST"] = hosts.split()[part.rank] if hosts else ""
+    os.environ["RINGREDUCE_ALGORITHM"] = algorithm
+    rr.init(part)
+    tests = os.path.join({str(TESTS)!r}, file)
+    status = pytest.main(["-q", "-m", "world", "-p", "no:cacheprovider", tests])
+    print(f"world {{number}} ended with {{int(status)}}", flush=True)
+    rr.shutdown()
+"""
+
+
 @pytest.mark.core
-@pytest.mark.parametrize(
-    ("size", "algorithm", "hosts"),
-    [(2, "tree", ""), (5, "auto", ""), (5, "auto", "a b a c c"), (3, "ring", "a b b")],
-)
-def test_under_mpirun(mpirun, size, algorithm, hosts):
-    """Every rank runs the tests above, and says that it has."""
-    tests = [
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "world",
-        "-p",
-        "no:cacheprovider",
-        str(TESTS / "test_mpirun.py"),
-    ]
-    environment = {
-        "RINGREDUCE_ALGORITHM": algorithm,
-        "EXPECTED_SIZE": str(size),
-        "RINGREDUCE_TIMEOUT": "40",
-    }
-    if hosts:
-        environment["HOSTS_OF_RANKS"] = hosts
-    done = mpirun(size, tests, timeout_s=150, env=environment)
+def test_under_mpirun(mpirun):
+    """Every rank runs the tests above and those of test_training.py, and says that it has."""
+    done = mpirun(5, IN_EACH_WORLD, timeout_s=150, env={"RINGREDUCE_TIMEOUT": "40"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" passed") == size, done.stdout
+    for number, (members, *_) in enumerate(WORLDS):
+        assert done.stdout.count(f"world {number} ended with 0\n") == len(members), done.stdout
+    assert done.stdout.count(" passed") == sum(len(members) for members, *_ in WORLDS), done.stdout
     assert "failed" not in done.stdout
 
 

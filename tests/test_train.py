@@ -51,6 +51,13 @@ def test_equals_one_process(mpirun, ranks, dtype):
 SABOTAGE = f"""
 import runpy, sys
 import ringreduce as rr
+sys.argv = ["train.py", "--batch", "241"]
+try:
+    runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+except SystemExit as end:
+    assert end.code == 2
+else:
+    raise AssertionError("no exit")
 right = rr.DistributedModel
 rr.DistributedModel = lambda network: right(network, op="sum")
 sys.argv = ["train.py", "--check", "--steps", "100"]
@@ -58,13 +65,8 @@ runpy.run_path({str(TRAIN)!r}, run_name="__main__")
 """
 
 
-def test_the_check_can_fail(mpirun):
+def test_a_batch_that_cannot_be_shared_and_a_check_that_fails(mpirun):
     done = mpirun(2, SABOTAGE, timeout_s=120)
     assert done.returncode == 1, done.stderr
+    assert done.stderr.count("--batch must be a multiple of 2") == 2, done.stderr
     assert number(r"losses of 100 steps (\S+)", done.stdout) > 1e-5
-
-
-def test_a_batch_that_cannot_be_shared(mpirun):
-    done = mpirun(2, [str(TRAIN), "--batch", "241"])
-    assert done.returncode == 2
-    assert "--batch must be a multiple of 2" in done.stderr

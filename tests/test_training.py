@@ -1,11 +1,11 @@
 """Training in a world of any size, against one process on the union of all ranks' rows.
 
-In the suite: in a world of one, and of three by real mpirun. Every rank begins elsewhere, so that
-rank 0's values must have come to it, and has another number of rows, some none.
+In the suite: in a world of one; test_mpirun.py has it run in one of three under real mpirun. Every
+rank begins elsewhere, so that rank 0's values must have come to it, and has another number of rows,
+some none.
 """
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -241,12 +241,3 @@ def test_autocast_with_a_scaler():
             scaler.step(optimizer)
             scaler.update()
     assert_trained(wrapped, alone.float(), 0.05)
-
-
-@pytest.mark.core
-def test_under_mpirun(mpirun):
-    """Every rank of three runs the tests above, in one job."""
-    tests = ["-m", "pytest", "-q", "-m", "world", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = mpirun(3, tests, timeout_s=100, env={"RINGREDUCE_TIMEOUT": "40"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" passed") == 3 and "failed" not in done.stdout, done.stdout
