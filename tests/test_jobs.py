@@ -33,6 +33,7 @@ def put(name, content):
     os.rename(path + ".part", path)
 def note_error(fn):
     try:
+        put("working", 0)
         fn()
     except BaseException as error:
         put("error", [type(error).__name__, str(error)])
@@ -42,6 +43,18 @@ def work():
         rr.allreduce(np.ones(10_000))
 put("pid", os.getpid())
 rr.barrier()
+"""
+# Notes that it works only once it is within a collective, which its main thread waits in.
+WAIT = """
+import threading
+core = rr.world().core
+def note_when_inside(before):
+    while core.sequence == before:
+        time.sleep(0.001)
+    put("waiting", 0)
+def wait():
+    threading.Thread(target=note_when_inside, args=(core.sequence,)).start()
+    rr.barrier()
 """
 
 
@@ -86,14 +99,15 @@ def launcher_of(pid: int) -> int:
         pid = int(parent.split()[1])
 
 
-def run_and_signal(mpirun, notes, script, number, whom):
-    """Runs a job and sends a signal to one of its processes once it is at work.
+def run_and_signal(mpirun, notes, script, number, whom, once="working"):
+    """Runs a job and sends a signal to one of its processes once all ranks have noted `once`.
 
     Returns what it printed, its status, and when the signal went and when the job ended.
     """
     sent = []
 
     def send():
+        notes.wait_for_all(once)
         pids = notes.wait_for_all("pid")
         pid = launcher_of(pids[0]) if whom == "launcher" else pids[whom]
         time.sleep(0.1)
@@ -146,7 +160,7 @@ def test_a_killed_rank_ends_the_job(mpirun, mpi_name, notes, victim):
 def test_a_killed_launcher_takes_all_ranks_along(mpirun, notes):
     """Also ranks that are busy, or asleep in a wait."""
     script = "rr.barrier() if rank == 0 else time.sleep(60) if rank == 1 else sum(iter(int, 1))"
-    done, _, _ = run_and_signal(mpirun, notes, script, signal.SIGKILL, "launcher")
+    done, _, _ = run_and_signal(mpirun, notes, script, signal.SIGKILL, "launcher", "pid")
     assert done.returncode != 0
     assert gone(notes.read("pid"))
 
@@ -163,8 +177,12 @@ def test_ctrl_c_at_the_launcher_ends_the_job(mpirun, notes):
 
 @pytest.mark.core
 def test_ctrl_c_at_a_rank_ends_the_job(mpirun, mpi_name, notes):
-    script = "note_error(lambda: time.sleep(60) if rank == 0 else rr.barrier())"
-    done, sent_s, ended_s = run_and_signal(mpirun, notes, script, signal.SIGINT, 1)
+    script = WAIT + """
+if rank == 0:
+    put("waiting", 0)
+note_error(lambda: time.sleep(60) if rank == 0 else wait())
+"""
+    done, sent_s, ended_s = run_and_signal(mpirun, notes, script, signal.SIGINT, 1, "waiting")
     assert done.returncode != 0
     assert ended_s - sent_s < 2
     errors = notes.read("error")
