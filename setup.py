@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -309,18 +310,39 @@ class TestCsrc(Command):
         core = [path for path in SOURCES if path.parent.name != "bindings" and path != NO_CUDA]
         core_objects = compile_all(test_units_of([*core, *sorted(FAKE_CUDA.glob("*.cpp"))], extra))
         test_objects = compile_all(test_units_of(tests, extra))
-        for test, test_object in zip(tests, test_objects, strict=True):
-            program = Path(test_object).with_suffix("")
-            link = [*CXX, *LINK, *extra, "-o", str(program)]
-            libraries = [f"-l{library}" for library in LIBRARIES]
-            subprocess.run([*link, test_object, *core_objects, *libraries], check=True)
+
+        def run_one(test: Path, test_object: str) -> None:
+            program = link_test(test_object, core_objects, extra)
             # With addresses at random, ThreadSanitizer fails to start on some kernels.
             start = ["setarch", "--addr-no-randomize"] if self.sanitize else []
             print("running", test, self.sanitize, flush=True)
-            try:
-                subprocess.run([*start, str(program)], check=True, timeout=TEST_LIMIT_S)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                raise ExecError(f"{test} failed: {error}") from None
+            run_test(test, [*start, program])
+
+        # Two at a time: one alone, with ranks that wait and sleep, leaves the cores idle for half
+        # of the time, and most keep to the first two. Under a sanitizer one may take minutes.
+        with ThreadPoolExecutor(1 if self.sanitize else min(JOBS, 2)) as pool:
+            list(pool.map(run_one, tests, test_objects))
+
+
+def link_test(test_object: str, core_objects: Sequence[str], flags: Sequence[str]) -> str:
+    program = str(Path(test_object).with_suffix(""))
+    libraries = [f"-l{library}" for library in LIBRARIES]
+    link = [*CXX, *LINK, *flags, "-o", program]
+    subprocess.run([*link, test_object, *core_objects, *libraries], check=True)
+    return program
+
+
+def run_test(test: Path, command: Sequence[str]) -> None:
+    """What it prints is kept for the case that it fails: others run beside it."""
+    with tempfile.TemporaryFile() as output:
+        try:
+            subprocess.run(
+                command, check=True, timeout=TEST_LIMIT_S, stdout=output, stderr=subprocess.STDOUT
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            raise ExecError(f"{text}{test} failed: {error}") from None
 
 
 core = Extension(
