@@ -2,8 +2,7 @@
 
 import os
 import sys
-import textwrap
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -201,7 +200,8 @@ for turn in range(2):  # again, then with torch's own store
     assert (len(listening()) > len(listening_before)) == (turn == 1 and r == 0)
     dist.all_reduce(x := full(1))
     assert (x == n).all()
-    dist.destroy_process_group()
+    if turn == 0:  # the last one is open until the end of the process
+        dist.destroy_process_group()
 print("well", flush=True)
 """
 # A DDP script as it is: nothing of ringreduce but the import and the name of the backend.
@@ -399,6 +399,66 @@ dist.all_reduce(x := torch.ones(2))
 assert (x == n).all()
 print("well", flush=True)
 """
+# Which Bootstrap a rank of torchrun gets.
+STORE = """
+import os
+from ringreduce.launch import from_environment
+for message in (b"first", b"second"):
+    bootstrap = from_environment(None, 20)
+    assert bootstrap.exchange(message) == [message] * 2
+line = f"{type(bootstrap).__name__} {bootstrap.rank} {bootstrap.size}"
+os.write(1, f"{line}\\n".encode())  # whole, whatever the other rank writes
+"""
+# Errors come out of backward, and end the job.
+ERRORS = """
+import torch, ringreduce as rr, ringreduce.c10d, torch.distributed as dist
+ringreduce.c10d.init_process_group()
+r = dist.get_rank()
+work = dist.all_reduce(torch.ones(2 + r), async_op=True)
+for _ in range(2):
+    try:
+        work.wait()
+    except rr.MismatchError:
+        print("mismatch", flush=True)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+loss = model(torch.ones(1, 2)).sum()
+try:
+    loss.backward() if r == 0 else dist.all_reduce(torch.ones(7))
+except rr.MismatchError:
+    print("mismatch", flush=True)
+if r == 1:
+    raise KeyError("nobody catches this")
+dist.all_reduce(torch.ones(1))
+"""
+# Collectives within what torch.compile compiles: they run as they are, between compiled parts.
+COMPILED = """
+import sys
+import torch, ringreduce as rr
+assert "torch._dynamo" not in sys.modules  # so the first call below is the first that it can see
+
+def step(x, w):
+    y = rr.allreduce(2 * x) + w
+    work = rr.allreduce_(y + rr.rank(), "avg", async_op=True)
+    z, _ = rr.grouped_allreduce([y * x, w], "max")
+    rr.barrier()
+    z = rr.world().broadcast(z, 1) / rr.size()
+    return rr.allgather(y), work.wait() - w, z, rr.reduce_scatter(y)
+
+compiled = torch.compile(step, backend="eager")
+for i in range(3):
+    x, w = torch.arange(4.0) + rr.rank() + i, torch.ones(4)
+    assert all(map(torch.equal, compiled(x, w), step(x, w)))
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+
+net = torch.nn.Linear(3, 1)
+torch.compile(net, backend="eager")(torch.ones(1, 3))
+handle = rr.attach(net)  # after it was compiled
+torch.compile(net, backend="eager")(torch.full((1, 3), float(rr.rank()))).sum().backward()
+assert handle.stats()["backwards"] == 1 and (net.weight.grad == 0.5).all()
+norm = torch.compile(rr.SyncBatchNorm(3).eval(), backend="eager", fullgraph=True)
+assert norm(torch.ones(2, 3)).shape == (2, 3)
+print("well", flush=True)
+"""
 
 
 @pytest.mark.core
@@ -416,58 +476,35 @@ def test_a_ddp_script_trains_as_one_process(mpirun, tmp_path):
     assert_trained_as_one_process(result)
 
 
-def test_what_torch_builds_on_it(mpirun):
-    """One job for both scripts, since most of its time goes into imports."""
-    done = mpirun(2, DDP_VARIANTS + "dist.destroy_process_group()\n" + ABOVE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("well") == 4
-
-
-def test_under_torchrun_without_mpi(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(DDP_SCRIPT)
-    environment = os.environ | {"RESULT": str(tmp_path / "model"), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = run_to_end([*launcher, "--nproc-per-node=2", str(script)], environment, 60.0)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "model").exists()
-
-
-def test_a_world_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(DDP_SCRIPT)
-    environment = os.environ | {"RESULT": str(tmp_path / "model")}
-    done = run_to_end([sys.executable, str(script)], environment, 60.0)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_errors_come_out_of_backward_and_end_the_job(mpirun):
-    done = mpirun(
-        2,
-        textwrap.dedent("""
-        import torch, ringreduce as rr, ringreduce.c10d, torch.distributed as dist
-        ringreduce.c10d.init_process_group()
-        r = dist.get_rank()
-        work = dist.all_reduce(torch.ones(2 + r), async_op=True)
-        for _ in range(2):
-            try:
-                work.wait()
-            except rr.MismatchError:
-                print("mismatch", flush=True)
-        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
-        loss = model(torch.ones(1, 2)).sum()
-        try:
-            loss.backward() if r == 0 else dist.all_reduce(torch.ones(7))
-        except rr.MismatchError:
-            print("mismatch", flush=True)
-        if r == 1:
-            raise KeyError("nobody catches this")
-        dist.all_reduce(torch.ones(1))
-        """),
-    )
+def test_what_torch_builds_on_it_and_errors(mpirun):
+    """One job for all scripts, since most of its time goes into imports."""
+    close = "dist.destroy_process_group()\n"
+    done = mpirun(2, COMPILED + DDP_VARIANTS + close + ABOVE + close + ERRORS)
+    assert done.stdout.count("well") == 6, done.stdout + done.stderr
     assert done.returncode != 0
     assert done.stdout.count("mismatch") == 6, done.stdout + done.stderr
     assert "nobody catches this" in done.stderr and "PeerFailed" in done.stderr, done.stderr
+
+
+@pytest.mark.core
+def test_under_torchrun_without_mpi_and_in_a_world_of_one(tmp_path):
+    """At once: while torchrun imports torch, its ranks do not."""
+    (tmp_path / "of_two.py").write_text(STORE + DDP_SCRIPT)
+    (tmp_path / "of_one.py").write_text(DDP_SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def run(name, *launcher):
+        environment = os.environ | {"RESULT": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launcher, str(tmp_path / f"{name}.py")]
+        return run_to_end(command, environment, 60.0)
+
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(run, "of_two", *torchrun), pool.submit(run, "of_one")]
+        of_two, of_one = (job.result() for job in jobs)
+    assert of_two.returncode == 0, of_two.stdout + of_two.stderr
+    assert sorted(of_two.stdout.splitlines()) == ["StoreBootstrap 0 2", "StoreBootstrap 1 2"]
+    assert_trained_as_one_process(tmp_path / "of_two")
+    assert of_one.returncode == 0, of_one.stdout + of_one.stderr
 
 
 def test_recv_from_any_source_ends_at_its_deadline():

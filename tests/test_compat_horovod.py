@@ -255,16 +255,11 @@ print("well", flush=True)
 """
 
 
-def test_calls_which_meet_by_name_and_uneven_data_joins(mpirun):
-    """One job for both scripts: init() again after shutdown()."""
-    done = mpirun(3, CALLS + MEETING)
+@pytest.mark.core
+def test_a_script_trains_as_one_process_and_calls_meet_by_name(mpirun, tmp_path):
+    """One job for all scripts, with init() again after shutdown(): most of it is imports."""
+    result = tmp_path / "model"
+    done = mpirun(3, SCRIPT + CALLS + MEETING, env={"RESULT": str(result)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("well") == 6
-
-
-@pytest.mark.core
-def test_a_script_trains_as_one_process(mpirun, tmp_path):
-    result = tmp_path / "model"
-    done = mpirun(2, SCRIPT, env={"RESULT": str(result)})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_trained_as_one_process(result)
+    assert_trained_as_one_process(result, 3)

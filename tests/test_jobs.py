@@ -177,11 +177,14 @@ def test_ctrl_c_at_the_launcher_ends_the_job(mpirun, notes):
 
 @pytest.mark.core
 def test_ctrl_c_at_a_rank_ends_the_job(mpirun, mpi_name, notes):
-    script = WAIT + """
+    script = (
+        WAIT
+        + """
 if rank == 0:
     put("waiting", 0)
 note_error(lambda: time.sleep(60) if rank == 0 else wait())
 """
+    )
     done, sent_s, ended_s = run_and_signal(mpirun, notes, script, signal.SIGINT, 1, "waiting")
     assert done.returncode != 0
     assert ended_s - sent_s < 2

@@ -1,10 +1,8 @@
 """Which Bootstrap a process gets, and that it is never silently a world of one."""
 
-import os
 import sys
 
 import pytest
-from jobs import run_to_end
 
 from ringreduce import launch
 from ringreduce.bootstrap import SelfBootstrap
@@ -91,21 +89,3 @@ except RingReduceError as error:
     assert f"of {other}" in done.stdout, done.stderr
     assert f"started 8 ranks ({size_variable}=8), but mpi4py uses {mpi_name}" in done.stdout
     assert "every rank would be a world of one" in done.stdout
-
-
-def test_torchrun(tmp_path):
-    pytest.importorskip("torch")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os\n"
-        "from ringreduce.launch import from_environment\n"
-        "for message in (b'first', b'second'):\n"
-        "    bootstrap = from_environment(None, 20)\n"
-        "    assert bootstrap.exchange(message) == [message] * 2\n"
-        "line = f'{type(bootstrap).__name__} {bootstrap.rank} {bootstrap.size}'\n"
-        "os.write(1, f'{line}\\n'.encode())  # whole, whatever the other rank writes\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = run_to_end([*command, str(script)], dict(os.environ), 90)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["StoreBootstrap 0 2", "StoreBootstrap 1 2"]

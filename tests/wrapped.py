@@ -125,16 +125,17 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.is_sparse else grad
 
 
-def assert_trained_as_one_process(result: Path) -> None:
-    """result: the state that two ranks saved, of the small model that users' scripts train here."""
+def assert_trained_as_one_process(result: Path, ranks: int = 2) -> None:
+    """result: the state that ranks saved, of the small model that users' scripts train here."""
     torch.manual_seed(0)
     x, y = torch.randn(48, 8, dtype=torch.float64), torch.randn(48, 4).double()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for begin in [*range(0, 48, 8)] * 2:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05 * ranks, momentum=0.9)
+    rows = 4 * ranks
+    for begin in [*range(0, 48, rows)] * 2:
         optimizer.zero_grad()
-        nn.functional.mse_loss(model(x[begin : begin + 8]), y[begin : begin + 8]).backward()
+        nn.functional.mse_loss(model(x[begin : begin + rows]), y[begin : begin + rows]).backward()
         optimizer.step()
     found = torch.load(result)
     for name, expected in model.state_dict().items():
