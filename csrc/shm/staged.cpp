@@ -18,6 +18,12 @@ char* Staged::contribution(int rank, size_t round, int block) const {
          static_cast<size_t>(block) * chunk_ * window_.message_->item_bytes;
 }
 
+/// Where the next rank's contribution to the block was: the rank that has read it has those lines
+/// in its cache, and the next one, having read the result, will find them in its own.
+char* Staged::result(int rank, size_t round) const {
+  return contribution((rank + 1) % window_.group_.size(), round, rank);
+}
+
 Meeting& Staged::meeting(size_t round) const { return window_.staged_round(number(round)); }
 
 void Staged::prepare_early() {
@@ -91,7 +97,8 @@ void Staged::combine_owned(size_t round) {
       Source& source = sources[static_cast<size_t>(peer)];
       source = {input, Format::storage};
       if (peer == group.rank()) continue;
-      source = {contribution(peer, round, group.rank()) + offset_bytes, Format::storage, true};
+      const char* const theirs = contribution(peer, round, group.rank());
+      source = {theirs + offset_bytes, Format::storage, theirs != result(group.rank(), round)};
     }
     const Target targets[] = {
         {output, Format::storage},
@@ -122,8 +129,8 @@ void Staged::combine_alone() {
 void Staged::combine_block(int block, size_t round) {
   std::vector<Source>& sources = window_.sources_;
   for (int peer = 0; peer < window_.group_.size(); ++peer) {
-    sources[static_cast<size_t>(peer)] = {contribution(peer, round, block), Format::storage,
-                                          peer != block};
+    const char* const theirs = contribution(peer, round, block);
+    sources[static_cast<size_t>(peer)] = {theirs, Format::storage, theirs != result(block, round)};
   }
   const Target target{result(block, round), Format::storage};
   reduce(window_.message_->reduction, {&target, 1}, sources, part(block, round).length);

@@ -50,7 +50,7 @@ class Staged {
   /// What is published of a round is counted over the life of the communicator.
   uint64_t number(size_t round) const { return window_.next_round_ + round; }
   char* contribution(int rank, size_t round, int block) const;
-  char* result(int rank, size_t round) const { return contribution(rank, round, rank); }
+  char* result(int rank, size_t round) const;
   Meeting& meeting(size_t round) const;
   void copy_round(size_t round);
   bool wait_prepared(size_t round);
