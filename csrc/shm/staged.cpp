@@ -18,8 +18,8 @@ char* Staged::contribution(int rank, size_t round, int block) const {
          static_cast<size_t>(block) * chunk_ * window_.message_->item_bytes;
 }
 
-/// Where the next rank's contribution to the block was: the rank that has read it has those lines
-/// in its cache, and the next one, having read the result, will find them in its own.
+/// Of the rank's block, where the next rank's contribution to it was: whoever has read that has the
+/// lines in its cache, and the next rank, having read the result, will find them in its own.
 char* Staged::result(int rank, size_t round) const {
   return contribution((rank + 1) % window_.group_.size(), round, rank);
 }
@@ -125,7 +125,7 @@ void Staged::combine_alone() {
   meeting(0).done.publish(number(0) + 1);
 }
 
-/// From the staging of all ranks to the result area in the staging of the block's rank.
+/// From the staging of all ranks to where the block's result belongs.
 void Staged::combine_block(int block, size_t round) {
   std::vector<Source>& sources = window_.sources_;
   for (int peer = 0; peer < window_.group_.size(); ++peer) {

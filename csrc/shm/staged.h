@@ -2,12 +2,13 @@
 // staged_rounds, for reduce_scatter, allgather, and both.
 //
 // Every round has a slot in the staging memory of each rank, in turn: an area per block, for this
-// rank's contribution to it, and in the area of its own block the result, in place of what it
-// contributed. Who may write it, without waiting for anybody: with `lead` rounds between two
-// phases, a rank that prepares round r has combined round r - 1 - lead, so all ranks had prepared
-// that one, and so had left round r - 2 - 3 lead behind in every phase. So 3 lead + 2 slots will
-// do, also from one collective to the next. Two counters per rank are enough: prepared and
-// combined.
+// rank's contribution to it. A block's result takes the place of what the rank after the block's
+// own has contributed to it, or would have. Who may write into a round's slots, any rank's, without
+// waiting for anybody: with `lead` rounds between two phases, a rank that prepares round r has
+// combined round r - 1 - lead, so all ranks had prepared that one, and so had left round
+// r - 2 - 3 lead behind in every phase. So 3 lead + 2 slots will do, also from one collective to
+// the next. Within a round only the one who reduces a block reads its contributions, and writes
+// the result, after all have prepared. Two counters per rank are enough: prepared and combined.
 #pragma once
 
 #include "shm/window.h"

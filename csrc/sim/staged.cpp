@@ -7,7 +7,7 @@ namespace ringreduce::sim {
 
 Staging::Staging(Fibers& fibers, const Machine& machine, int size, size_t depth)
     : fibers_(fibers), machine_(machine), slots_(static_cast<size_t>(size)) {
-  for (std::vector<Slot>& slots : slots_) slots.resize(depth);
+  for (std::vector<Slot>& slots : slots_) slots.assign(depth, Slot(static_cast<size_t>(size)));
 }
 
 Staged::Staged(Staging& staging, int rank, Phases phases, const Blocks& blocks, size_t chunk,
@@ -23,25 +23,27 @@ Staged::Staged(Staging& staging, int rank, Phases phases, const Blocks& blocks, 
       counts_(counts),
       delays_(staging.machine_, rank) {}
 
-/// Writes this rank's contribution, or its finished block, without asking whether the slot is free.
+/// Writes this rank's contributions, or its finished block, without asking whether the slots are
+/// free.
 void Staged::prepare(size_t round) {
   step();
   const uint64_t number = first_round_ + round;
-  Staging::Slot& slot = staging_.slot(rank_, number);
   if (reduces()) {
-    slot.contributions.write(fibers_, number, [&](std::vector<char>& data) {
-      data.resize(static_cast<size_t>(blocks_.size()) * chunk_ * message_.item_bytes);
-      for (int block = 0; block < blocks_.size(); ++block) {
-        message_.copy_in(part(block, round), data.data() + offset_bytes(block));
-      }
-    });
+    for (int block = 0; block < blocks_.size(); ++block) {
+      write(staging_.contribution(rank_, number, block), Staging::contributed(number),
+            part(block, round));
+    }
   } else {
-    slot.result.write(fibers_, number, [&](std::vector<char>& data) {
-      data.resize(chunk_ * message_.item_bytes);
-      message_.copy_in(part(rank_, round), data.data());
-    });
+    write(staging_.result(rank_, number), Staging::finished(number), part(rank_, round));
   }
   staging_.rounds_[number].prepared.push_back(fibers_.clock());
+}
+
+void Staged::write(Place& place, uint64_t version, Chunk chunk) {
+  place.write(fibers_, version, [&](std::vector<char>& data) {
+    data.resize(chunk_ * message_.item_bytes);
+    message_.copy_in(chunk, data.data());
+  });
 }
 
 void Staged::combine(size_t round) {
@@ -63,17 +65,19 @@ void Staged::reduce_block(int block, size_t round) {
   const Chunk chunk = part(block, round);
   std::vector<Source> sources;
   for (int peer = 0; peer < blocks_.size(); ++peer) {
-    const char* data =
-        staging_.slot(peer, number).contributions.open(fibers_, number, "a contribution");
-    sources.push_back({data + offset_bytes(block), Format::storage});
+    Place& place = staging_.contribution(peer, number, block);
+    const char* data = place.open(fibers_, Staging::contributed(number), "a contribution");
+    sources.push_back({data, Format::storage});
   }
-  staging_.slot(block, number).result.write(fibers_, number, [&](std::vector<char>& data) {
-    data.resize(chunk_ * message_.item_bytes);
+  Place& result = staging_.result(block, number);
+  result.close();  // the one that is read and written
+  result.write(fibers_, Staging::finished(number), [&](std::vector<char>& data) {
     const Target target{data.data(), Format::storage};
     reduce(message_.reduction, {&target, 1}, sources, chunk.length);
   });
   for (int peer = 0; peer < blocks_.size(); ++peer) {
-    staging_.slot(peer, number).contributions.close();
+    Place& place = staging_.contribution(peer, number, block);
+    if (&place != &result) place.close();
   }
   fetched((sources.size() - 1) * chunk.length);
   staging_.rounds_[number].combined.push_back(fibers_.clock());
@@ -87,8 +91,8 @@ void Staged::collect(size_t round) {
   if (waits && !wait_for_all(staging_.rounds_[number].combined, "combine", number)) return;
   for (int block = 0; block < blocks_.size(); ++block) {
     if (block != rank_ && !gathers()) continue;
-    Place& place = staging_.slot(block, number).result;
-    const char* data = place.open(fibers_, number, "a result");
+    Place& place = staging_.result(block, number);
+    const char* data = place.open(fibers_, Staging::finished(number), "a result");
     if (!fibers_.stopped()) message_.copy_out(part(block, round), data);
     place.close();
     if (block != rank_) fetched(part(block, round).length);

@@ -30,11 +30,8 @@ class Staging {
  private:
   friend class Staged;
 
-  /// Round r of all that is ever staged uses slot r mod depth.
-  struct Slot {
-    Place contributions;
-    Place result;
-  };
+  /// Round r of all that is ever staged uses slot r mod depth: a place for each block.
+  using Slot = std::vector<Place>;
   /// Counted per round and never reset, unlike on a real machine: `prepared` by rank, `combined` by
   /// block.
   struct Round {
@@ -42,10 +39,17 @@ class Staging {
     int num_claimed = 0;  // blocks
   };
 
-  Slot& slot(int rank, uint64_t round) {
+  Place& contribution(int rank, uint64_t round, int block) {
     std::vector<Slot>& slots = slots_[static_cast<size_t>(rank)];
-    return slots[round % slots.size()];
+    return slots[round % slots.size()][static_cast<size_t>(block)];
   }
+  /// In place of the next rank's contribution.
+  Place& result(int block, uint64_t round) {
+    return contribution((block + 1) % static_cast<int>(slots_.size()), round, block);
+  }
+  // What must lie in a place when it is read.
+  static uint64_t contributed(uint64_t round) { return 2 * round; }
+  static uint64_t finished(uint64_t round) { return 2 * round + 1; }
 
   Fibers& fibers_;
   const Machine& machine_;
@@ -72,10 +76,8 @@ class Staged {
   bool reduces() const { return phases_ != Phases::allgather; }
   bool gathers() const { return phases_ != Phases::reduce_scatter; }
   Chunk part(int block, size_t round) const { return blocks_[block].piece(round, chunk_); }
-  /// Of a block in a contribution.
-  size_t offset_bytes(int block) const {
-    return static_cast<size_t>(block) * chunk_ * message_.item_bytes;
-  }
+  /// Gathers this rank's input.
+  void write(Place& place, uint64_t version, Chunk chunk);
   void reduce_block(int block, size_t round);
   void fetched(size_t elements);
   bool wait_for_all(const Times& times, const char* what, uint64_t round);
