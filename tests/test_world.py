@@ -227,6 +227,28 @@ rr.barrier()
     assert sorted(done.stdout.splitlines()) == ["0: 1 2", "1: 1 2", "2: 0 2", "3: 0 2"]
 
 
+def test_an_operation_for_which_no_thread_starts_is_not_left_behind():
+    """Its caller has an error, and what it would have used may be gone."""
+    script = """
+import resource
+import numpy as np, ringreduce as rr
+
+rr.init()
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), before[1]))  # no room for a stack
+try:
+    rr.allreduce(np.ones(3), async_op=True)
+except RuntimeError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_AS, before)
+assert rr.allreduce(np.ones(3)).sum() == 3
+assert rr.allreduce(np.ones(3), async_op=True).wait().sum() == 3
+"""
+    assert run_python(script)[0] == "refused\n"
+
+
 class FakeTorch:
     """Notes what it is told."""
 

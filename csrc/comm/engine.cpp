@@ -30,15 +30,15 @@ std::shared_ptr<Work> Engine::enqueue(Task task, bool asynchronous) {
   auto work = std::make_shared<Work>();
   std::lock_guard lock(mutex_);
   if (stopped_) throw Error(ErrorCode::closed, "the communicator is closed");
+  if (!started_) {  // before the rest: where no thread can be had, nothing is left in the queue
+    start_thread([self = shared_from_this()] { self->progress(); });
+    started_ = true;
+  }
   queue_.push_back({std::move(task), work});
   last_ = work;
   if (asynchronous) {
     unseen_.push_back(work);
     any_unseen_.store(true, std::memory_order_relaxed);
-  }
-  if (!started_) {
-    started_ = true;
-    start_thread([self = shared_from_this()] { self->progress(); });
   }
   changed_.notify_all();
   return work;
