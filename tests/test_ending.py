@@ -1,6 +1,7 @@
 """How a job ends: one rank's exception ends all of them, each says why, and the status is not 0."""
 
 import re
+import signal
 import time
 
 import pytest
@@ -29,6 +30,18 @@ def check_survivors(done, mpi_name, number, pattern):
     assert len(lines) == number or (mpi_name != "Open MPI" and 0 < len(lines) < number), done.stderr
     for line in lines:
         assert re.search(pattern, line), line
+
+
+def check_status(done, mpi_name):
+    """That of a rank which has seen the error.
+
+    Unless Open MPI's launcher has crashed itself: when a job fails while one of its ranks waits in
+    MPI_Finalize, prterun of Open MPI 5.0 dies of SIGSEGV in PMIx_server_finalize now and then, at
+    its very end; so it does with mpi4py alone, with MPI_Abort or without. A crash of a rank is
+    another status, 128 + the signal.
+    """
+    launcher_crashed = mpi_name == "Open MPI" and done.returncode == -signal.SIGSEGV
+    assert done.returncode == 70 or launcher_crashed, (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
@@ -128,7 +141,7 @@ if rank == 1:
 rr.barrier()
 """,
     )
-    assert done.returncode == 70
+    check_status(done, mpi_name)
     check_survivors(done, mpi_name, 2, "rank 1 .*exited")
 
 
@@ -173,7 +186,10 @@ rr.shutdown()
 """,
     )
     # Intel's launcher kills the other rank, which has ended, and may report that one's status.
-    assert done.returncode == 70 or (mpi_name == "Intel" and done.returncode != 0)
+    if mpi_name == "Intel":
+        assert done.returncode != 0
+    else:
+        check_status(done, mpi_name)
     assert saved.exists()
 
 
