@@ -10,10 +10,13 @@ import contextlib
 import functools
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
+
+from ringreduce.communicator import Communicator
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
@@ -135,6 +138,29 @@ def assert_equal(x, values: np.ndarray, case: object) -> None:
             f"{case}: {len(wrong)} of {values.size} wrong, first at {first}: {found[first]!r}, "
             f"expected {values[first]!r}"
         )
+
+
+def with_each(
+    algorithms: Iterable[str], check: Callable[[Communicator, str], Any]
+) -> Callable[[Communicator], dict[str, Any]]:
+    """For a rank: check(comm, algorithm) with each in turn, since a start of ranks costs the most.
+
+    It returns the results by algorithm.
+    """
+
+    def check_all(comm: Communicator) -> dict[str, Any]:
+        results = {}
+        for algorithm in algorithms:
+            part = comm.split(0, algorithm=algorithm)
+            assert part is not None
+            try:
+                results[algorithm] = check(part, algorithm)
+            except AssertionError as error:
+                raise AssertionError(f"{algorithm}: {error}") from error
+            part.close()
+        return results
+
+    return check_all
 
 
 @contextlib.contextmanager

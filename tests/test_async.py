@@ -20,6 +20,7 @@ from expected import (
     ops_of,
     reduced,
     values_of,
+    with_each,
 )
 
 from ringreduce import MismatchError, PeerFailed, RingReduceError, testing
@@ -35,9 +36,8 @@ def until(condition):
         pause.wait(0.0005)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", (1, 2, 5))
-def test_many_at_once_waited_for_in_any_order(ranks, size, algorithm):
+def test_many_at_once_waited_for_in_any_order(ranks, size):
     cases = []
     for number, dtype in enumerate(DTYPES * 6):
         op = ops_of(dtype)[number % len(ops_of(dtype))]
@@ -45,7 +45,7 @@ def test_many_at_once_waited_for_in_any_order(ranks, size, algorithm):
         inputs = [exact_values((count,), dtype, op, (rank, number)) for rank in range(size)]
         cases.append((dtype, op, inputs, reduced(inputs, op, dtype)))
 
-    def check(comm):
+    def check(comm, _):
         works = []
         for dtype, op, inputs, _ in cases:
             x = make("torch", inputs[comm.rank], dtype)
@@ -59,7 +59,7 @@ def test_many_at_once_waited_for_in_any_order(ranks, size, algorithm):
             assert works[i].wait() is result  # every time the same object
             assert_equal(result, cases[i // 2][3], cases[i // 2][:2])
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
 @pytest.mark.parametrize("size", (1, 3))

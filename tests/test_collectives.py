@@ -23,12 +23,15 @@ from expected import (
     reduced,
     share,
     values_of,
+    with_each,
 )
 
 pytestmark = pytest.mark.core
 
 # Bytes of a message at which something changes: auto's two limits, one_shot's, a slot of the wire.
 LIMITS_BYTES = (2048, 8192, 65536)
+# Those that differ where there is more than the allreduce.
+FOR_OTHERS = ("two_shot", "ring")
 
 
 @functools.cache
@@ -44,11 +47,11 @@ def combinations():
             yield dtype, op, framework
 
 
-def drawn(shapes, part, size, *setting):
-    """(dtype, op, framework, shape): the part of all combinations that falls to this setting."""
+def drawn(shapes, part, algorithms, size, runner):
+    """By algorithm: the part that falls to it of all (dtype, op, framework, shape)."""
     every = [(*first, shape) for first, shape in itertools.product(combinations(), shapes)]
-    cases = share(every, part, size, *setting)
-    for dtype, op, _, shape in cases:
+    cases = {algorithm: share(every, part, size, algorithm, runner) for algorithm in algorithms}
+    for dtype, op, _, shape in itertools.chain(*cases.values()):
         operands(size, dtype, op, shape)
     return cases
 
@@ -60,14 +63,13 @@ def check_fresh(result, x, before):
     assert not np.shares_memory(values_of(result), values_of(x)) or result.nbytes == 0
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_allreduce(ranks, size, algorithm):
+def test_allreduce(ranks, size):
     shapes = [(), (0,), (1,), (size - 1,), (size,), (size + 1,), (3, 0, 2), (7, 11), (1009,)]
-    cases = drawn(shapes, 0.12, size, algorithm, ranks.__name__)
+    cases = drawn(shapes, 0.12, ALGORITHMS, size, ranks.__name__)
 
-    def check(comm):
-        for case in cases:
+    def check(comm, algorithm):
+        for case in cases[algorithm]:
             dtype, op, framework, shape = case
             inputs, total = operands(size, dtype, op, shape)
             x = make(framework, inputs[comm.rank], dtype)
@@ -81,7 +83,7 @@ def test_allreduce(ranks, size, algorithm):
             assert comm.allreduce_(x, op) is x
             assert bits_of(x) == bits_of(result), case
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
 def boundary_counts(size, chunk_bytes, dtype):
@@ -95,15 +97,14 @@ def boundary_counts(size, chunk_bytes, dtype):
     return sorted(counts | {9 * size * chunk + 1013})
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_allreduce_where_chunks_end(ranks, size, algorithm):
+def test_allreduce_where_chunks_end(ranks, size):
     dtypes = ("int8", "bfloat16", "float32", "complex128")
     total = size * (size + 1) // 2
     # A period that is prime, so that no two chunks are alike.
     patterns = {dtype: exact_values((8191,), dtype, "sum", 0) for dtype in dtypes}
 
-    def check(comm):
+    def check(comm, algorithm):
         chunk_bytes = comm.core.window_info()["chunk_bytes"]
         every = [(d, count) for d in dtypes for count in boundary_counts(size, chunk_bytes, d)]
         for dtype, count in share(every, 0.25, size, algorithm, ranks.__name__):
@@ -113,19 +114,18 @@ def test_allreduce_where_chunks_end(ranks, size, algorithm):
             # Floats: at most 8 * 36, and odd factors below 256, so exact even in 8 bits.
             assert_equal(x, values_of(make("torch", values, dtype) * total), (dtype, count))
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
-@pytest.mark.parametrize("algorithm", ("two_shot", "ring"))
 @pytest.mark.parametrize("size", SIZES)
-def test_reduce_scatter(ranks, size, algorithm):
+def test_reduce_scatter(ranks, size):
     rows = sorted({0, 1, size - 1, size, size + 1, 2 * size + 1, 61})
     shapes = [(n, *rest) for n, rest in itertools.product(rows, [(), (3,), (2, 5), (0,)])]
-    cases = drawn(shapes, 0.15, size, algorithm, ranks.__name__)
+    cases = drawn(shapes, 0.15, FOR_OTHERS, size, ranks.__name__)
     large = exact_values((size * 70001 + 1, 3), "int32", "sum", 0)
 
-    def check(comm):
-        for case in cases:
+    def check(comm, algorithm):
+        for case in cases[algorithm]:
             dtype, op, framework, shape = case
             inputs, total = operands(size, dtype, op, shape)
             x = make(framework, inputs[comm.rank], dtype)
@@ -137,12 +137,11 @@ def test_reduce_scatter(ranks, size, algorithm):
         total = large * np.int32(size * (size + 1) // 2)
         assert_equal(result, np.array_split(total, size)[comm.rank], "large")
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(FOR_OTHERS, check))
 
 
-@pytest.mark.parametrize("algorithm", ("two_shot", "ring"))
 @pytest.mark.parametrize("size", SIZES)
-def test_allgather(ranks, size, algorithm):
+def test_allgather(ranks, size):
     rests = [(), (1,), (3,), (0,), (2, 2)]
     lengths = [
         [4] * size,
@@ -153,15 +152,20 @@ def test_allgather(ranks, size, algorithm):
         [1] + [0] * (size - 1),
     ]
     long = [100003 if rank == size // 2 else rank for rank in range(size)]
-    cases = share(itertools.product(DTYPES, rests, lengths), 0.3, size, algorithm, ranks.__name__)
-    cases += [("int16", (3,), long), ("complex128", (), long)]
-    inputs = [
-        [exact_values((n, *rest), dtype, "sum", rank) for rank, n in enumerate(rows)]
-        for dtype, rest, rows in cases
-    ]
+    every = list(itertools.product(DTYPES, rests, lengths))
+    cases = {a: share(every, 0.3, size, a, ranks.__name__) for a in FOR_OTHERS}
+    for some in cases.values():
+        some += [("int16", (3,), long), ("complex128", (), long)]
+    inputs = {
+        algorithm: [
+            [exact_values((n, *rest), dtype, "sum", rank) for rank, n in enumerate(rows)]
+            for dtype, rest, rows in some
+        ]
+        for algorithm, some in cases.items()
+    }
 
-    def check(comm):
-        for case, values in zip(cases, inputs, strict=True):
+    def check(comm, algorithm):
+        for case, values in zip(cases[algorithm], inputs[algorithm], strict=True):
             for framework in frameworks_of(case[0]):
                 x = make(framework, values[comm.rank], case[0])
                 before = bits_of(x)
@@ -169,7 +173,7 @@ def test_allgather(ranks, size, algorithm):
                 assert_equal(result, np.concatenate(values), (framework, case))
                 check_fresh(result, x, before)
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(FOR_OTHERS, check))
 
 
 def test_allgather_of_scalars(ranks):
@@ -183,18 +187,18 @@ def test_allgather_of_scalars(ranks):
     ranks(3, check)
 
 
-@pytest.mark.parametrize("algorithm", ("two_shot", "ring"))
 @pytest.mark.parametrize("size", SIZES)
-def test_broadcast_and_reduce_from_every_root(ranks, size, algorithm):
+def test_broadcast_and_reduce_from_every_root(ranks, size):
     shapes = [(), (0,), (1,), (size + 1,), (5, 7)]
-    every = itertools.product(range(size), DTYPES, shapes)
-    cases = share(every, 0.7 / size, size, algorithm, ranks.__name__)
-    cases += [(root, "int8", (40009, 2)) for root in range(size)]
-    for _, dtype, shape in cases:
+    every = list(itertools.product(range(size), DTYPES, shapes))
+    cases = {a: share(every, 0.7 / size, size, a, ranks.__name__) for a in FOR_OTHERS}
+    for some in cases.values():
+        some += [(root, "int8", (40009, 2)) for root in range(size)]
+    for _, dtype, shape in itertools.chain(*cases.values()):
         operands(size, dtype, "sum", shape)
 
-    def check(comm):
-        for root, dtype, shape in cases:
+    def check(comm, algorithm):
+        for root, dtype, shape in cases[algorithm]:
             inputs, total = operands(size, dtype, "sum", shape)
             for framework in frameworks_of(dtype):
                 x = make(framework, inputs[comm.rank], dtype)
@@ -213,7 +217,7 @@ def test_broadcast_and_reduce_from_every_root(ranks, size, algorithm):
                 assert comm.broadcast_(x, root) is x
                 assert bits_of(x) == bits_of(sent), case
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(FOR_OTHERS, check))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -228,25 +232,24 @@ def test_reduce_knows_every_op(ranks, size):
     ranks(size, check)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_barrier_lets_nobody_out_before_all_are_in(ranks, size, algorithm):
+def test_barrier_lets_nobody_out_before_all_are_in(ranks, size):
     entered = multiprocessing.get_context("fork").Value("i", 0)
 
-    def check(comm):
+    def check(comm, algorithm):
+        begin = 30 * size * ALGORITHMS.index(algorithm)
         for turn in range(1, 31):
             with entered.get_lock():
                 entered.value += 1
             assert comm.barrier() is None
-            assert entered.value == turn * size
+            assert entered.value == begin + turn * size
             comm.barrier()
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_grouped_allreduce(ranks, size, algorithm):
+def test_grouped_allreduce(ranks, size):
     shapes = [(3,), (), (0, 4), (5, 2), (1,), (40009,), (17, 3)]
     lists = [
         [],
@@ -262,7 +265,7 @@ def test_grouped_allreduce(ranks, size, algorithm):
         ],
     ]
 
-    def check(comm):
+    def check(comm, algorithm):
         setting = size, algorithm, ranks.__name__
         for members, op in share(
             itertools.product(lists, ("sum", "avg", "prod", "max")), 0.4, setting
@@ -286,7 +289,7 @@ def test_grouped_allreduce(ranks, size, algorithm):
                     assert_equal(results[i], total, (members[i], op, framework))
                     assert bits_of(xs[i]) == bits_of(results[i])
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
 def test_grouped_lists_may_mix_torch_and_numpy(ranks):
@@ -323,7 +326,7 @@ def test_kinds_follow_each_other_in_any_order(ranks):
     """Staging ring, wire and the places used by turns go on from one collective to the next."""
     order = generator_of_kinds()
 
-    def check(comm):
+    def check(comm, _):
         ones = np.arange(comm.size, dtype=np.int64)
         for kind, count in order:
             mine = np.full(count, comm.rank + 1, np.int32)
@@ -346,8 +349,8 @@ def test_kinds_follow_each_other_in_any_order(ranks):
             else:
                 comm.barrier()
 
-    for size, algorithm in itertools.product((2, 5), ALGORITHMS):
-        ranks(size, check, algorithm=algorithm)
+    for size in (2, 5):
+        ranks(size, with_each(ALGORITHMS, check))
 
 
 def generator_of_kinds():

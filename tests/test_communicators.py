@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from expected import ALGORITHMS
+from expected import ALGORITHMS, with_each
 
 from ringreduce import MismatchError, NotInitialized, PeerFailed, RingReduceError, testing
 from ringreduce.communicator import Communicator
@@ -158,10 +158,9 @@ def meet_well(comm):
     assert comm.allgather(np.array([comm.rank])).tolist() == list(range(size))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", (2, 3, 8))
-def test_a_mismatch_is_told_to_all_and_survived(ranks, size, algorithm):
-    def check(comm):
+def test_a_mismatch_is_told_to_all_and_survived(ranks, size):
+    def check(comm, _):
         texts = []
         for turn, (name, (one, others, shown)) in enumerate(MISMATCHES.items()):
             odd = turn % size
@@ -181,7 +180,7 @@ def test_a_mismatch_is_told_to_all_and_survived(ranks, size, algorithm):
         meet_well(comm)
         return texts
 
-    told = ranks(size, check, algorithm=algorithm)
+    told = ranks(size, with_each(ALGORITHMS, check))
     assert all(texts == told[0] for texts in told)
 
 
@@ -368,14 +367,14 @@ def test_a_rank_may_leave_after_its_part_is_done(ranks):
     """The others have its data already: nobody fails because it is gone."""
 
     def check(comm):
-        for count, _ in itertools.product((1, 5000, 100_000), range(3)):
-            part = comm.split(0)
+        for algorithm, count, _ in itertools.product(ALGORITHMS, (1, 5000, 100_000), range(3)):
+            part = comm.split(0, algorithm=algorithm)
             result = part.allreduce(ones(count))
             part.close()
             assert (result == comm.size).all()
 
-    for size, algorithm in itertools.product((2, 5), ALGORITHMS):
-        ranks(size, check, algorithm=algorithm)
+    for size in (2, 5):
+        ranks(size, check)
 
 
 @pytest.mark.parametrize("way", ["wait", "drain", "with"])

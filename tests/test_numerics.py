@@ -20,6 +20,7 @@ from expected import (
     one_core,
     reduced,
     values_of,
+    with_each,
 )
 
 # Unit roundoff of a sum, and of a stored result.
@@ -41,12 +42,11 @@ def ways_to_run(size):
     return [contextlib.nullcontext] if size == 1 else [contextlib.nullcontext, one_core]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_sums_are_within_the_rounding_bound(ranks, size, algorithm):
+def test_sums_are_within_the_rounding_bound(ranks, size):
     inputs = {d: [random_values(3001, d, rank) for rank in range(size)] for d in FLOATS}
 
-    def check(comm):
+    def check(comm, _):
         for dtype, op in itertools.product(FLOATS, ("sum", "avg")):
             stack = np.array(inputs[dtype], np.longdouble)
             exact, magnitude = stack.sum(0), np.abs(stack).sum(0)
@@ -59,18 +59,17 @@ def test_sums_are_within_the_rounding_bound(ranks, size, algorithm):
             error = np.abs(values_of(result).astype(np.longdouble) - exact)
             assert (error <= bound).all(), (dtype, op, float((error / bound).max()))
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_same_bits_on_all_ranks_and_in_all_runs(ranks, size, algorithm):
+def test_the_same_bits_on_all_ranks_and_in_all_runs(ranks, size):
     counts = (1, 1000, 40011)
     inputs = {
         (d, n): [random_values(n, d, rank) for rank in range(size)] for d in FLOATS for n in counts
     }
 
-    def bits(comm):
+    def bits(comm, _):
         results = []
         for (dtype, _), values in inputs.items():
             x = make("torch", values[comm.rank], dtype)
@@ -79,14 +78,13 @@ def test_the_same_bits_on_all_ranks_and_in_all_runs(ranks, size, algorithm):
             results.append(bits_of(comm.allreduce(x, "prod")))
         return results
 
-    first = ranks(size, bits, algorithm=algorithm)
-    again = ranks(size, bits, algorithm=algorithm)
+    first = ranks(size, with_each(ALGORITHMS, bits))
+    again = ranks(size, with_each(ALGORITHMS, bits))
     assert all(other == first[0] for other in first + again)
 
 
-@pytest.mark.parametrize("algorithm", IN_RANK_ORDER)
 @pytest.mark.parametrize("size", SIZES)
-def test_sums_are_in_rank_order_wherever_an_element_lies(ranks, size, algorithm):
+def test_sums_are_in_rank_order_wherever_an_element_lies(ranks, size):
     """An element's bits depend on the inputs alone: not on count, offset, grouping or memory."""
     count = 120007
     pieces = [(0, count), (1, 40000), (3, 3 + 9), (517, 518), (70000, count), (64, 64 + 4096)]
@@ -94,7 +92,7 @@ def test_sums_are_in_rank_order_wherever_an_element_lies(ranks, size, algorithm)
     inputs = {d: [random_values(count, d, rank) for rank in range(size)] for d in dtypes}
     sums = {(d, op): reduced(inputs[d], op, d) for d in dtypes for op in ("sum", "avg")}
 
-    def check(comm):
+    def check(comm, _):
         for dtype, op in sums:
             whole = make("torch", inputs[dtype][comm.rank], dtype)
             expected = make("torch", sums[dtype, op], dtype)
@@ -122,18 +120,17 @@ def test_sums_are_in_rank_order_wherever_an_element_lies(ranks, size, algorithm)
 
     for way in ways_to_run(size):
         with way():
-            ranks(size, check, algorithm=algorithm)
+            ranks(size, with_each(IN_RANK_ORDER, check))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-def test_16_bit_sums_are_accumulated_in_32_bits(ranks, dtype, algorithm):
+def test_16_bit_sums_are_accumulated_in_32_bits(ranks, dtype):
     """In 16 bits each of the small numbers would vanish in the large one, a large sum overflow."""
     large = 2048.0 if dtype == "float16" else 256.0
     most = 60000.0 if dtype == "float16" else 3e38
     size = 8
 
-    def check(comm):
+    def check(comm, _):
         for big in range(size):
             x = torch.full((1000,), large if comm.rank == big else 1.0).to(getattr(torch, dtype))
             total = comm.allreduce(x)
@@ -150,15 +147,14 @@ def test_16_bit_sums_are_accumulated_in_32_bits(ranks, dtype, algorithm):
             comm.allreduce(x).float() == torch.tensor((2 - size) * value).to(x.dtype).float()
         ).all()
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_16_bit_pattern_survives(ranks, algorithm):
+def test_every_16_bit_pattern_survives(ranks):
     """Widened, combined with what changes nothing, and narrowed: still the same number."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 
-    def check(comm):
+    def check(comm, _):
         for dtype in (torch.float16, torch.bfloat16):
             x = patterns.view(dtype)
             for op, neutral in (("sum", 0.0), ("prod", 1.0), ("max", -np.inf), ("min", np.inf)):
@@ -172,13 +168,12 @@ def test_every_16_bit_pattern_survives(ranks, algorithm):
             same = (average == x) | (torch.isnan(average) & torch.isnan(x))
             assert same.all(), (dtype, x[~same][:5], average[~same][:5])
 
-    ranks(2, check, algorithm=algorithm)
+    ranks(2, with_each(ALGORITHMS, check))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", (2, 3, 8))
-def test_nan_and_infinity(ranks, size, algorithm):
-    def check(comm):
+def test_nan_and_infinity(ranks, size):
+    def check(comm, _):
         for dtype, whose, count in itertools.product(FLOATS, {0, size // 2, size - 1}, (37, 5000)):
             mine = comm.rank == whose
             kind = getattr(torch, dtype)
@@ -197,13 +192,12 @@ def test_nan_and_infinity(ranks, size, algorithm):
             x = torch.full((count,), float("inf") if mine else -float("inf"), dtype=kind)
             assert torch.isnan(comm.allreduce(x)).all()
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", (2, 3, 8))
-def test_even_nan_and_zero_have_the_same_bits_everywhere(ranks, size, algorithm):
-    def bits(comm):
+def test_even_nan_and_zero_have_the_same_bits_everywhere(ranks, size):
+    def bits(comm, _):
         results = []
         for dtype, count in itertools.product(
             ("float64", "float32", "float16", "bfloat16"), (1, 19, 20011)
@@ -218,19 +212,18 @@ def test_even_nan_and_zero_have_the_same_bits_everywhere(ranks, size, algorithm)
             ]
         return results
 
-    first = ranks(size, bits, algorithm=algorithm)
+    first = ranks(size, with_each(ALGORITHMS, bits))
     assert all(other == first[0] for other in first)
 
 
 def test_sums_of_negative_zeros_are_negative(ranks):
-    def check(comm):
-        for dtype, algorithm_count in itertools.product(FLOATS, (1, 1000, 70000)):
-            x = torch.full((algorithm_count,), -0.0, dtype=getattr(torch, dtype))
+    def check(comm, _):
+        for dtype, count in itertools.product(FLOATS, (1, 1000, 70000)):
+            x = torch.full((count,), -0.0, dtype=getattr(torch, dtype))
             for op in ("sum", "avg", "min", "max"):
                 assert torch.signbit(comm.allreduce(x, op)).all(), (dtype, op)
 
-    for algorithm in ALGORITHMS:
-        ranks(3, check, algorithm=algorithm)
+    ranks(3, with_each(ALGORITHMS, check))
 
 
 # By hand, not by the reference: per rank, op, and the result.
@@ -267,9 +260,8 @@ INTEGER_CASES = [
 ]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_integers(ranks, algorithm):
-    def check(comm):
+def test_integers(ranks):
+    def check(comm, _):
         for (dtype, values, op, result), count in itertools.product(INTEGER_CASES, (1, 133, 9001)):
             if len(values) != comm.size:
                 continue
@@ -278,16 +270,15 @@ def test_integers(ranks, algorithm):
             x = torch.full((count,), values[comm.rank], dtype=getattr(torch, dtype))
             assert (comm.allreduce_(x, op) == result).all(), (dtype, values, op, count)
 
-    ranks(2, check, algorithm=algorithm)
-    ranks(3, check, algorithm=algorithm)
+    ranks(2, with_each(ALGORITHMS, check))
+    ranks(3, with_each(ALGORITHMS, check))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", (1, 2, 5))
-def test_any_byte_but_zero_is_true(ranks, size, algorithm):
+def test_any_byte_but_zero_is_true(ranks, size):
     """Bytes that no comparison made, as in a view of other memory."""
 
-    def check(comm):
+    def check(comm, _):
         row = np.array([0, 1, 2, 128, 255, 0, 64], np.uint8)
         bytes_ = np.resize(np.roll(row, comm.rank), 5000)
         truth = [np.resize(np.roll(row, rank), 5000) != 0 for rank in range(size)]
@@ -298,7 +289,7 @@ def test_any_byte_but_zero_is_true(ranks, size, algorithm):
                 if size > 1:
                     assert set(bits_of(result)) <= {0, 1}, op
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
 def test_flushed_denormals_do_not_change_16_bit_numbers(ranks):

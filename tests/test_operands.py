@@ -6,7 +6,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from expected import ALGORITHMS, assert_equal, bits_of, exact_values, make, reduced, values_of
+from expected import (
+    ALGORITHMS,
+    assert_equal,
+    bits_of,
+    exact_values,
+    make,
+    reduced,
+    values_of,
+    with_each,
+)
 from torch import nn
 
 SHAPE = (4, 6, 5)
@@ -58,7 +67,6 @@ def layouts(framework, values, dtype):
     return list(numpy_layouts(values) if framework == "numpy" else torch_layouts(values, dtype))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     ("framework", "dtype"),
     [
@@ -66,7 +74,7 @@ def layouts(framework, values, dtype):
         *(("torch", d) for d in ("bool", "bfloat16", "int32", "complex64", "complex128")),
     ],
 )
-def test_any_layout_on_any_rank(ranks, framework, dtype, algorithm):
+def test_any_layout_on_any_rank(ranks, framework, dtype):
     """Each rank has another layout: elements meet in logical order."""
     size = 3
     inputs = [exact_values(SHAPE, dtype, "sum", rank) for rank in range(size)]
@@ -74,7 +82,7 @@ def test_any_layout_on_any_rank(ranks, framework, dtype, algorithm):
     parts = np.array_split(total, size)
     number = len(layouts(framework, inputs[0], dtype))
 
-    def check(comm):
+    def check(comm, _):
         for turn in range(number):
 
             def mine(turn=turn):
@@ -106,7 +114,7 @@ def test_any_layout_on_any_rank(ranks, framework, dtype, algorithm):
             comm.grouped_allreduce_([x, y])
             assert_equal(y, total, name)
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
 def test_what_lies_between_the_elements_is_not_written(ranks):

@@ -24,6 +24,7 @@ from expected import (
     reduced,
     share,
     values_of,
+    with_each,
 )
 
 from ringreduce import MismatchError
@@ -75,9 +76,8 @@ def test_what_empty_gives(ranks):
     ranks(3, check)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", (1, 2, 3, 8))
-def test_allreduce_in_symmetric_memory(ranks, cores, size, algorithm):
+def test_allreduce_in_symmetric_memory(ranks, cores, size):
     slice_counts = {d: SLICE_BYTES // item_bytes(d) for d in DTYPES}
     every = [
         (dtype, op, count)
@@ -93,14 +93,19 @@ def test_allreduce_in_symmetric_memory(ranks, cores, size, algorithm):
             150_001,
         )
     ]
-    cases = share(every, 0.05, size, algorithm, cores, ranks.__name__)
-    inputs = [
-        [exact_values((count,), d, op, rank) for rank in range(size)] for d, op, count in cases
-    ]
-    totals = [reduced(stack, op, d) for stack, (d, op, _) in zip(inputs, cases, strict=True)]
 
-    def check(comm):
-        for case, stack, total in zip(cases, inputs, totals, strict=True):
+    def with_operands(case):
+        dtype, op, count = case
+        stack = [exact_values((count,), dtype, op, rank) for rank in range(size)]
+        return case, stack, reduced(stack, op, dtype)
+
+    cases = {
+        algorithm: [*map(with_operands, share(every, 0.05, size, algorithm, cores, ranks.__name__))]
+        for algorithm in ALGORITHMS
+    }
+
+    def check(comm, algorithm):
+        for case, stack, total in cases[algorithm]:
             dtype, op, count = case
             mine = make("torch", stack[comm.rank], dtype)
             x, y = (comm.empty(count, mine.dtype) for _ in range(2))
@@ -117,7 +122,7 @@ def test_allreduce_in_symmetric_memory(ranks, cores, size, algorithm):
             assert comm.allreduce(mine, op, out=y) is y  # from private memory
             assert bits_of(y) == bits_of(result), case
 
-    ranks(size, check, algorithm=algorithm)
+    ranks(size, with_each(ALGORITHMS, check))
 
 
 @pytest.mark.parametrize("size", (2, 3, 5))
