@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ringreduce import _core
 from ringreduce.communicator import Communicator
 from ringreduce.world import world
 
@@ -67,11 +68,10 @@ def allreduce_(
     `torch.no_grad()`; the tensor's version counts up. If the call fails, the contents of x are
     undefined.
     """
-    communicator = communicator_of(comm) if comm is not None else world()
-    # As in Communicator.allreduce_, but a call sooner: it counts beside a collective of 1 us.
-    if not async_op and communicator.core.allreduce_plain(x, op):
+    # As in Communicator.allreduce_, but two calls sooner: they count beside a collective of 1 us.
+    if comm is None and not async_op and _core.allreduce_in_world(x, op):
         return x
-    return communicator.allreduce_(x, op, async_op=async_op)
+    return communicator_of(comm).allreduce_(x, op, async_op=async_op)
 
 
 def grouped_allreduce(

@@ -10,7 +10,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from ringreduce import ending, settings
+from ringreduce import _core, ending, settings
 from ringreduce.bootstrap import Bootstrap, MpiBootstrap
 from ringreduce.communicator import Communicator
 from ringreduce.errors import CollectiveTimeout, NotInitialized, RingReduceError
@@ -85,6 +85,7 @@ def shutdown() -> None:
         if bootstrap is None:
             return
         _World.communicator = None
+        _core.learn_world(None)
         _World.bootstrap = None
         _World.closed = True
         aborted = any(core.aborted for core in bootstrap.opened)
@@ -161,6 +162,7 @@ def _open(comm: MPI.Intracomm | Bootstrap | None, given: dict[str, Any]) -> None
     _World.bootstrap = bootstrap
     _World.closed = False
     _World.communicator = Communicator(core, bootstrap)
+    _core.learn_world(core)
 
 
 def _require_same(comm: MPI.Intracomm | Bootstrap | None, given: dict[str, Any]) -> None:
@@ -197,6 +199,7 @@ def _after_fork() -> None:
     if _World.bootstrap is not None or _World.closed:
         _World.forked_from = os.getppid()
     _World.communicator = None
+    _core.learn_world(None)
     _World.bootstrap = None
     _World.lock = threading.RLock()
 

@@ -267,6 +267,18 @@ nb::dict constants(PyCommunicator& self) {
   return values;
 }
 
+/// The world, while it is open. Leaked: no destructor may run after the interpreter's end.
+nb::object& world() {
+  static auto* const object = new nb::object;
+  return *object;
+}
+
+/// As allreduce_plain; false also where there is no world. Python then need not look it up.
+bool allreduce_in_world(nb::handle x, nb::handle op) {
+  const nb::object held = world();  // another thread may shut it down meanwhile
+  return held && allreduce_plain(*nb::inst_ptr<PyCommunicator>(held)->communicator, x, op);
+}
+
 void drain(PyCommunicator& self, double timeout_s) {
   Signals signals;
   const bool ended =
@@ -292,6 +304,11 @@ void register_communicator(nb::module_& m) {
       .def("times_ns",
            [](PyWork& self) { return std::pair(self.work->begin_ns, self.work->end_ns); })
       .def_prop_ro("counts", [](PyWork& self) { return self.work->counts; });
+
+  m.def(
+      "learn_world", [](nb::object opened) { world() = std::move(opened); },
+      nb::arg("world").none());
+  m.def("allreduce_in_world", &allreduce_in_world, nb::arg().none(), nb::arg().none());
 
   const auto core = [](PyCommunicator& self) -> Core& { return self.communicator->core(); };
   nb::class_<PyCommunicator>(m, "Communicator", nb::is_weak_referenceable())
