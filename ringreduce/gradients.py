@@ -13,11 +13,12 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ringreduce import profiling
-from ringreduce.ballot import WEIGHT, Ballot, read_weights, write_weight
+from ringreduce.ballot import Ballot
 from ringreduce.buckets import Bucket
 from ringreduce.codecs import Codec
 from ringreduce.communicator import Communicator
@@ -274,9 +275,9 @@ class GradientReducer:
     def _total_weight(self) -> float:
         """Collective."""
         assert self._weight is not None
-        bits = torch.zeros(self.comm.size * WEIGHT.size, dtype=torch.uint8)
-        write_weight(bits, self.comm.rank, self._weight)
-        return sum(read_weights(self.comm.allreduce_(bits, "max")))
+        weights = np.zeros(self.comm.size)
+        weights[self.comm.rank] = self._weight
+        return sum(self.comm.allreduce_(weights, "max").tolist())
 
     def _counter(self, slot: Slot, run: Run) -> Callable[[Tensor], None]:
         """The hook of a parameter: the hot path, called once for each in every backward."""

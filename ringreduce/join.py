@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
+import numpy as np
 
 from ringreduce.communicator import Communicator
 from ringreduce.errors import RingReduceError
@@ -34,7 +34,7 @@ class RollCall:
     def call(self, here: bool, weighted: bool, kept: Collection[int], num_slots: int) -> None:
         """Collective: all ranks come to it, those out of data too. Raises RingReduceError."""
         size, rank = self._comm.size, self._comm.rank
-        bits = torch.zeros(size + 1 + num_slots, dtype=torch.uint8)
+        bits = np.zeros(size + 1 + num_slots, np.uint8)
         bits[rank] = here
         bits[size] = here and weighted
         if here:
