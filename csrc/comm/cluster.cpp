@@ -1,6 +1,10 @@
 #include "comm/cluster.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstdio>
 #include <sstream>
 
 #include "base/error.h"
@@ -62,6 +66,18 @@ int first_unused_tag(const Exchange& exchange, int max_tag) {
   return communicator * tags_per_communicator;
 }
 
+/// For each other process of this node, a descriptor that tells of its end; where the kernel has
+/// none, as for a process that it does not show us, the look around every 20 ms finds out.
+std::vector<int> ends_of_ranks(const Group& group) {
+  std::vector<int> ends;
+  for (int local = 0; local < group.size(); ++local) {
+    const pid_t pid = group.control(local).pid.load();
+    const int end = pid == getpid() ? -1 : static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+    if (end >= 0) ends.push_back(end);
+  }
+  return ends;
+}
+
 }  // namespace
 
 Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& exchange,
@@ -96,7 +112,7 @@ Cluster::Cluster(const Node& node, Group& group, int rank, const Exchange& excha
   lifeline_ =
       std::make_unique<Lifeline>(node_, nodes(), leads(), exchange, std::move(events), deadline);
   group_.set_remote(this);
-  if (leads()) lifeline_->start();
+  if (leads()) lifeline_->start(ends_of_ranks(group));
 }
 
 NodesShape Cluster::shape() const {
@@ -140,6 +156,7 @@ void Cluster::heard(const std::string& message) {
       abort_told_ = true;  // those who told us tell the others
     }
     group_.abort(record);
+    say_abort();
   } else if (message[0] == departed_mark) {
     Departed departed{};
     words >> departed.number >> departed.last;
@@ -164,6 +181,25 @@ void Cluster::lost(int node) {
   group_.abort(ErrorCode::peer_failed, leader,
                "rank " + std::to_string(leader) + " (host " + hosts_[static_cast<size_t>(node)] +
                    ") is out of reach: its process or its host has ended, or the network is cut");
+  say_abort();
+}
+
+/// On stderr, once for all of this host: of two ranks that lose a third one, Open MPI over TCP ends
+/// one or both, within a millisecond and before they can raise anything. This thread goes on
+/// meanwhile.
+void Cluster::say_abort() {
+  if (abort_said_ || !group_.aborted()) return;
+  abort_said_ = true;
+  const AbortRecord record = group_.abort_record();
+  if (record.code != ErrorCode::peer_failed) return;
+  std::string ranks;
+  for (const int rank : ranks_[static_cast<size_t>(node_)]) {
+    ranks += (ranks.empty() ? "" : ", ") + std::to_string(rank);
+  }
+  std::fprintf(stderr, "ringreduce: host %s (%s %s): %s\n",
+               hosts_[static_cast<size_t>(node_)].c_str(), group_.size() > 1 ? "ranks" : "rank",
+               ranks.c_str(), record.reason.c_str());
+  std::fflush(stderr);
 }
 
 void Cluster::look_around() {
@@ -171,6 +207,7 @@ void Cluster::look_around() {
     // Deaths only: who departs in good order is missed by nobody yet.
     if (const std::optional<AbortRecord> record = group_.find_dead()) group_.abort(*record);
   }
+  say_abort();
   tell_abort();
   tell_departures();
 }

@@ -82,6 +82,7 @@ class Cluster : public Remote {
   void lost(int node);
   void look_around();
   void tell_departures();
+  void say_abort();
 
   Group& group_;
   const int node_;
@@ -100,6 +101,7 @@ class Cluster : public Remote {
   std::vector<bool> departure_told_;  // by local rank
   std::atomic<bool> any_departed_{false};
 
+  bool abort_said_ = false;             // the lifeline's thread's
   std::unique_ptr<Lifeline> lifeline_;  // last: its thread uses all of the above
 };
 

@@ -83,9 +83,12 @@ struct Lifeline::State {
   std::vector<Connection> connections;
   bool closed = false;
 
+  std::vector<int> alarms;  // the thread's
+
   ~State() {
     if (pid != getpid()) return;  // a forked child has closed them
     for (const Connection& each : connections) close_noted(each.socket);
+    for (const int alarm : alarms) ::close(alarm);
   }
 
   /// Messages are small beside a socket's buffer: what does not fit at once has nobody who reads
@@ -122,8 +125,14 @@ void Lifeline::State::run() {
   while (!is_closed() || !all_left()) {
     std::vector<pollfd> entries;
     for (const Connection& each : connections) entries.push_back({each.socket, POLLIN, 0});
+    for (const int alarm : alarms) entries.push_back({alarm, POLLIN, 0});
     poll(entries.data(), entries.size(), look_around_ms);
     call(events.look_around);
+    for (; entries.size() > connections.size(); entries.pop_back()) {
+      if (entries.back().revents == 0) continue;
+      std::erase(alarms, entries.back().fd);
+      ::close(entries.back().fd);
+    }
     for (size_t index = entries.size(); index-- > 0;) {
       if (entries[index].revents != 0 && !read(connections[index])) drop(index);
     }
@@ -234,7 +243,8 @@ Lifeline::Lifeline(int node, int nodes, bool leads, const Exchange& exchange, Ev
   }
 }
 
-void Lifeline::start() {
+void Lifeline::start(std::vector<int> alarms) {
+  state_->alarms = std::move(alarms);
   start_thread([state = state_] { state->run(); });
 }
 

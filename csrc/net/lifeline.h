@@ -20,6 +20,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "base/deadline.h"
 #include "base/exchange.h"
@@ -41,8 +42,9 @@ class Lifeline {
            Deadline deadline);
   ~Lifeline();
 
-  /// Leaders only: events come from now on.
-  void start();
+  /// Leaders only: events come from now on. `alarms`: descriptors, each of which becomes readable
+  /// when it is time to look around, once. Closed here.
+  void start(std::vector<int> alarms);
   /// Leaders only. Sends to all other nodes, in the background. Any thread.
   void flood(const std::string& message);
   /// Says goodbye: the end of this connection is no failure. Does not wait, but for an event that

@@ -1,5 +1,8 @@
 // The lifeline alone, its nodes being threads: what one tells, all others hear, also past a node
 // that has left.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <atomic>
 
 #include "net/lifeline.h"
@@ -23,7 +26,12 @@ void run(int node, const Exchange& exchange, Heard& heard) {
                     {[&](const std::string& message) { heard.news += message == "news"; },
                      [&](int lost) { heard.lost += lost == 7; }, [] {}},
                     Deadline::after_s(20));
-  lifeline.start();
+  int alarm[2] = {-1, -1};
+  require(pipe(alarm) == 0, "no pipe");
+  meet();  // from here on nothing is opened
+  lifeline.start({alarm[0]});
+  close(alarm[1]);
+  while (fcntl(alarm[0], F_GETFD) != -1) std::this_thread::yield();  // taken, and once only
   if (node == 1) lifeline.flood("news");
   if (node != 1) wait_for(heard.news, 1);
   meet();
