@@ -243,7 +243,7 @@ std::optional<AbortRecord> Cluster::find_lost(uint64_t sequence) {
   if (!any_departed_.load(std::memory_order_acquire)) return std::nullopt;
   std::lock_guard lock(mutex_);
   for (const Departed& each : departed_) {
-    if (Flag::reaches(each.last, sequence)) continue;
+    if (each.last >= sequence) continue;
     return AbortRecord{ErrorCode::peer_failed, each.number, group_.number_of(group_.rank()),
                        "rank " + std::to_string(each.number) + " exited while others wait for it"};
   }

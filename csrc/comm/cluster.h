@@ -74,7 +74,7 @@ class Cluster : public Remote {
  private:
   struct Departed {
     int number;
-    uint32_t last;  // collective that it came to, modulo 2^31
+    uint64_t last;  // collective that it came to
   };
 
   std::vector<int> learn_numbers(const Exchange& exchange, const Network& network);

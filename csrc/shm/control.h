@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -33,8 +34,8 @@ struct RankControl {
   /// whoever has come to n + 1 has read all that it needs of n.
   alignas(line_bytes) Arrival arrivals[2];
   alignas(line_bytes) SharedHeader headers[2];
-  /// Staged rounds, counted over the life of the communicator: contributions written; slices
-  /// reduced.
+  /// Rounds of staged messages, counted over the life of the communicator: contributions written;
+  /// blocks reduced. A symmetric two_shot, of whatever size, is one that is only reduced.
   alignas(line_bytes) Flag prepared;
   alignas(line_bytes) Flag combined;
 
@@ -56,10 +57,9 @@ inline bool has_come(const RankControl& control, uint64_t sequence) {
          control.arrivals[(sequence + 1) & 1].flag.reached(sequence + 1);
 }
 
-/// The number of the last collective that the rank has come to, modulo 2^31; 0: none yet.
-inline uint32_t last_seen(const RankControl& control) {
-  const uint32_t even = control.arrivals[0].flag.value(), odd = control.arrivals[1].flag.value();
-  return ((odd - even) & 0x7fffffffu) < 0x40000000u ? odd : even;
+/// The number of the last collective that the rank has come to; 0: none yet.
+inline uint64_t last_seen(const RankControl& control) {
+  return std::max(control.arrivals[0].flag.value(), control.arrivals[1].flag.value());
 }
 
 /// Where all ranks meet when they outnumber the cores: the last to come publishes, nobody polls the

@@ -6,6 +6,10 @@
 // publish came between; a publisher replaces the whole word by one exchange and wakes if the bit
 // was set. Both are read-modify-writes of one word, hence totally ordered: no further fence is
 // needed. What the publisher wrote before (release) is seen by whoever reads the value (acquire).
+//
+// 64 bits, so that values never wrap, and a flag that lay idle for billions of collectives is not
+// taken for one that is ahead. A futex is 32: the kernel looks at the lower half, which would have
+// to come round to the same value, 2^31 publishes later, between a waiter's look and its sleep.
 #pragma once
 
 #include <linux/futex.h>
@@ -13,50 +17,44 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <bit>
 #include <climits>
 #include <cstdint>
 #include <ctime>
 
 namespace ringreduce {
 
-/// Sleeps while `word` is `expected`, at most `timeout_ns`. Works between processes: not a private
-/// futex.
-inline void futex_wait(const std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_ns) {
+static_assert(std::endian::native == std::endian::little);  // the lower half is at the address
+
+/// Sleeps while the lower half of `word` is that of `expected`, at most `timeout_ns`. Works between
+/// processes: not a private futex.
+inline void futex_wait(const std::atomic<uint64_t>& word, uint64_t expected, int64_t timeout_ns) {
   const timespec timeout{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
-  syscall(SYS_futex, &word, FUTEX_WAIT, expected, &timeout, nullptr, 0);
+  syscall(SYS_futex, &word, FUTEX_WAIT, static_cast<uint32_t>(expected), &timeout, nullptr, 0);
 }
 
-inline void futex_wake(const std::atomic<uint32_t>& word, int sleepers) {
+inline void futex_wake(const std::atomic<uint64_t>& word, int sleepers) {
   syscall(SYS_futex, &word, FUTEX_WAKE, sleepers, nullptr, nullptr, 0);
 }
 
-/// Values grow and wrap at 31 bits; they are compared cyclically, so waiters may lag by up to 2^30.
+/// Values only grow.
 class Flag {
  public:
-  static uint32_t wrapped(uint64_t value) { return static_cast<uint32_t>(value) & 0x7fffffffu; }
-
-  /// Whether a wrapped value is `value` or past it.
-  static bool reaches(uint32_t wrapped_value, uint64_t value) {
-    return ((wrapped_value - wrapped(value)) & 0x7fffffffu) < 0x40000000u;
-  }
-
   /// Called by the flag's one writer, or by one at a time.
   void publish(uint64_t value) {
-    const uint32_t before = word_.exchange(wrapped(value) << 1, std::memory_order_acq_rel);
+    const uint64_t before = word_.exchange(value << 1, std::memory_order_acq_rel);
     if (before & 1) futex_wake(word_, INT_MAX);
   }
 
-  bool reached(uint64_t value) const {
-    return reached_in(word_.load(std::memory_order_acquire), value);
-  }
+  bool reached(uint64_t value) const { return this->value() >= value; }
 
-  /// The last value published, modulo 2^31.
-  uint32_t value() const { return word_.load(std::memory_order_acquire) >> 1; }
+  /// The last value published; 0: none yet.
+  uint64_t value() const { return word_.load(std::memory_order_acquire) >> 1; }
 
   /// Sleeps until a publish, but at most `slice_ns`; returns at once if `value` is reached.
   void sleep(uint64_t value, int64_t slice_ns) {
-    uint32_t word = word_.load(std::memory_order_acquire);
-    if (reached_in(word, value)) return;
+    uint64_t word = word_.load(std::memory_order_acquire);
+    if (word >> 1 >= value) return;
     if (!(word & 1)) {
       if (!word_.compare_exchange_strong(word, word | 1, std::memory_order_acq_rel)) return;
       word |= 1;
@@ -65,9 +63,7 @@ class Flag {
   }
 
  private:
-  static bool reached_in(uint32_t word, uint64_t value) { return reaches(word >> 1, value); }
-
-  std::atomic<uint32_t> word_{0};
+  std::atomic<uint64_t> word_{0};
 };
 
 }  // namespace ringreduce

@@ -170,7 +170,7 @@ std::string Group::missing(uint64_t sequence) const {
     const char state = process_state(other.pid.load());
     const std::string stopped = state == 'T' || state == 't' ? ", its process is stopped" : "";
     if (!has_come(other, sequence)) {
-      const uint32_t last = last_seen(other);
+      const uint64_t last = last_seen(other);
       const std::string seen = last == 0 ? "it has called nothing yet"
                                          : "it was last seen in " +
                                                other.headers[last & 1].load().describe() + " #" +

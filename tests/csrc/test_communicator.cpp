@@ -166,6 +166,19 @@ void symmetric(Rank& self) {
   if (kept) std::memset(kept->data(), 1, 8);
 }
 
+/// A flag that lies idle while collectives of other kinds go on is behind, however far they come.
+void idle_flag() {
+  Flag flag;
+  for (int bits = 0; bits < 62; ++bits) {
+    const uint64_t number = uint64_t{1} << bits;
+    flag.publish(number);
+    require(flag.reached(number) && flag.value() == number, "a flag that was published");
+    for (int later = bits; later < 62; ++later) {
+      require(!flag.reached((uint64_t{1} << later) + number + 1), "an idle flag seems to be ahead");
+    }
+  }
+}
+
 void run_all(int size) {
   for (int algorithm = 0; algorithm < 5; ++algorithm) {
     announce(algorithm_names[algorithm], size);
@@ -203,6 +216,7 @@ void run_across_hosts() {
 int main() {
   alarm(ringreduce::limit_s);
   ringreduce::pin_to_two_cores();
+  ringreduce::idle_flag();
   for (const int size : {1, 2, 3, 4, 7}) ringreduce::run_all(size);
   ringreduce::run_across_hosts();
 }
