@@ -26,7 +26,7 @@ struct Options {
   double warn_after_s = 30;  // a line on stderr that says who is missing
   Algorithm algorithm = Algorithm::automatic;
   std::string name = "world";  // for messages
-  std::string host;            // ranks that give different ones are on different hosts
+  std::string host = {};       // ranks that give different ones are on different hosts
   std::shared_ptr<Trace> trace = std::make_shared<Trace>();  // of all communicators of this rank
   Measured measured{};  // constants of the links, in place of the source's
 };

@@ -64,17 +64,16 @@ Group::Group(Node& node, bool in_process, Deadline deadline)
   own().pid.store(pid_, std::memory_order_relaxed);
   own().nonce.store(nonce, std::memory_order_relaxed);
   if (!in_process_) hold_for_life(&own().life);
-  std::vector<std::string> nonces;
   try {
-    nonces = node.exchange(std::to_string(nonce), deadline);
-  } catch (...) {
-    depart();
-    throw;
-  }
-  for (int peer = 0; peer < size_; ++peer) {
-    if (std::to_string(control(peer).nonce.load()) != nonces[static_cast<size_t>(peer)]) {
-      throw Error(ErrorCode::resource, "ranks of one host do not see each other's shared memory");
+    const std::vector<std::string> nonces = node.exchange(std::to_string(nonce), deadline);
+    for (int peer = 0; peer < size_; ++peer) {
+      if (std::to_string(control(peer).nonce.load()) != nonces[static_cast<size_t>(peer)]) {
+        throw Error(ErrorCode::resource, "ranks of one host do not see each other's shared memory");
+      }
     }
+  } catch (...) {
+    depart();  // the life thread must not hold a mutex in memory that is about to be unmapped
+    throw;
   }
 }
 

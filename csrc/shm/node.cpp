@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <utility>
 
 #include "base/error.h"
 #include "shm/cores.h"
@@ -108,14 +109,14 @@ void Node::connect(const Exchange& exchange, Deadline deadline) {
   if (leads) {
     sockets_.assign(static_cast<size_t>(local_size()), -1);
     for (int peer = 1; peer < local_size(); ++peer) {
-      const int socket = accept_from(listener.number, deadline);
+      Fd socket(accept_from(listener.number, deadline));
       int32_t local_rank = 0;
-      receive_all(socket, &local_rank, sizeof(local_rank), deadline);
+      receive_all(socket.number, &local_rank, sizeof(local_rank), deadline);
       if (local_rank < 1 || local_rank >= local_size() ||
           sockets_[static_cast<size_t>(local_rank)] != -1) {
         throw Error(ErrorCode::resource, "a process that is no rank of this job connected");
       }
-      sockets_[static_cast<size_t>(local_rank)] = socket;
+      sockets_[static_cast<size_t>(local_rank)] = std::exchange(socket.number, -1);
     }
   }
 }

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string>
@@ -38,12 +39,27 @@ std::shared_ptr<Memory> map(int fd, size_t size_bytes, int flags) {
   return std::make_shared<Pages>(data, size_bytes);
 }
 
+/// Returns an errno. Kernels before 6.10 give up, and take back what they have allocated, when any
+/// signal comes, a profiler's or one of a child that has ended: so in pieces that take less than
+/// the time between two of them.
+int allocate(int fd, size_t size_bytes) {
+  constexpr size_t piece_bytes = size_t{1} << 20;
+  int error = 0;
+  for (size_t begin = 0; begin < size_bytes && error == 0; begin += piece_bytes) {
+    const size_t length = std::min(piece_bytes, size_bytes - begin);
+    do {
+      error = posix_fallocate(fd, static_cast<off_t>(begin), static_cast<off_t>(length));
+    } while (error == EINTR);
+  }
+  return error;
+}
+
 }  // namespace
 
 int create_memfd(size_t size_bytes) {
   const int fd = memfd_create("ringreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd < 0) fail("creation", size_bytes);
-  const int error = posix_fallocate(fd, 0, static_cast<off_t>(size_bytes));
+  const int error = allocate(fd, size_bytes);
   if (error != 0 || fchmod(fd, 0600) != 0 ||
       fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     if (error != 0) errno = error;

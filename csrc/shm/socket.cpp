@@ -88,6 +88,10 @@ int accept_from(int listener, Deadline deadline) {
     const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd >= 0 && same_user(fd)) return fd;
     if (fd >= 0) close(fd);
+    // Out of files, say: the peer stays in the queue, so another look would find it at once.
+    if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)) {
+      fail("cannot accept the connection of another rank of this node");
+    }
   }
 }
 

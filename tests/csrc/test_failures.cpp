@@ -1,6 +1,22 @@
 // Every way for a Communicator to fail, met on purpose: all ranks must be told the same, in time,
 // and no rank that did its part may take alarm.
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include "elements.h"
+#include "shm/segment.h"
+#include "shm/socket.h"
+
+namespace {
+int num_signals = 0;  // to come, each while memory is allocated
+}
+
+/// In place of the C library's: a kernel that gives up when a signal comes.
+extern "C" int posix_fallocate(int fd, off_t offset, off_t length) {
+  if (num_signals > 0 && num_signals-- % 3 != 0) return EINTR;
+  return fallocate(fd, 0, offset, length) == 0 ? 0 : errno;
+}
 
 namespace ringreduce {
 namespace {
@@ -144,6 +160,44 @@ void patience(Rank& self) {
   self.comm->abort("gave up");
 }
 
+void memory_despite_signals() {
+  const size_t size_bytes = 10'000'000;
+  num_signals = 31;
+  const int fd = create_memfd(size_bytes);
+  require(num_signals < 31, "no signal has come");
+  num_signals = 0;
+  map_memfd(fd, size_bytes)->data()[size_bytes - 1] = 'x';
+  close(fd);
+}
+
+/// No file descriptor from this one on, for a while: sanitizers need some, to look at what is
+/// thrown.
+class NoFiles {
+ public:
+  explicit NoFiles(int first) {
+    getrlimit(RLIMIT_NOFILE, &before_);
+    const rlimit none{static_cast<rlim_t>(first), before_.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &none);
+  }
+  ~NoFiles() { setrlimit(RLIMIT_NOFILE, &before_); }
+
+ private:
+  rlimit before_{};
+};
+
+/// A leader that has no file descriptor left for a peer says so, at once.
+void no_file_for_a_peer() {
+  const std::string name = random_name();
+  const int listener = listen_on(name, 1), peer = connect_to(name, Deadline::after_s(1));
+  const std::string text = error_of(ErrorCode::resource, [&] {
+    const NoFiles none(std::max(listener, peer) + 1);
+    accept_from(listener, Deadline::after_s(1));
+  });
+  require_in("cannot accept", text);
+  close(listener);
+  close(peer);
+}
+
 void run_all(int size) {
   announce("mismatches", size);
   run_ranks(size, {}, mismatches);
@@ -173,5 +227,7 @@ void run_all(int size) {
 int main() {
   alarm(ringreduce::limit_s);
   ringreduce::pin_to_two_cores();
+  ringreduce::memory_despite_signals();
+  ringreduce::no_file_for_a_peer();
   for (const int size : {2, 3, 4, 7}) ringreduce::run_all(size);
 }
