@@ -1,6 +1,8 @@
 #include "net/agreement.h"
 
+#include <algorithm>
 #include <cstring>
+#include <string>
 
 #include "base/error.h"
 
@@ -47,19 +49,23 @@ void Agreement::tell(State& state, int node) {
 }
 
 void Agreement::learn(State& state, int node, bool replace) {
-  const char* slot = state.stopped ? nullptr : links_.incoming({node, 0}, state.watch);
+  size_t received_bytes = 0;
+  const char* slot =
+      state.stopped ? nullptr : links_.incoming({node, 0}, state.watch, &received_bytes);
   if (!slot) {
     state.stopped = true;
     return;
   }
-  Note note;
-  std::memcpy(&note, slot, sizeof(Note));
+  Note note{};
+  std::memcpy(&note, slot, std::min(received_bytes, sizeof(Note)));
   if (note.differs || note.digest != state.note.digest) state.note.differs = 1;
-  const size_t bytes = state.note.payload_bytes;
-  if (!state.note.differs && bytes > 0) {
-    if (note.payload_bytes != bytes) {
-      throw Error(ErrorCode::resource, "a peer's message is cut short");
-    }
+  const size_t bytes = state.note.differs ? 0 : state.note.payload_bytes;
+  const size_t carried = note.differs ? 0 : note.payload_bytes;
+  if (received_bytes != sizeof(Note) + carried || (bytes > 0 && carried != bytes)) {
+    throw Error(ErrorCode::resource,
+                "a peer sent " + std::to_string(received_bytes) + " bytes to agree on a call");
+  }
+  if (bytes > 0) {
     const char* theirs = slot + sizeof(Note);
     char* mine = state.payload.data;
     if (replace) {

@@ -32,7 +32,7 @@ class Agreement {
   /// `digest`: of what must be equal; `differs`: whether it already is not, inside of this node.
   Verdict meet(uint64_t digest, bool differs, const Payload& payload, Watch& watch);
 
-  void close() { links_.close(); }
+  void close() noexcept { links_.close(); }
 
  private:
   struct Note {

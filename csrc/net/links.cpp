@@ -150,7 +150,7 @@ bool Links::flush(Watch& watch) {
   return true;
 }
 
-bool Links::close() {
+bool Links::close() noexcept {
   bool free = true;
   for (Link& link : incoming_) {
     for (Mpi::Request& request : link.requests) {
@@ -162,9 +162,7 @@ bool Links::close() {
   }
   // What was sent has been flushed, unless the communicator was aborted.
   for (Link& link : outgoing_) {
-    for (Mpi::Request& request : link.requests) {
-      free = mpi_->test(request, nullptr) && free;
-    }
+    for (const Mpi::Request& request : link.requests) free = free && !request;
   }
   return free;
 }

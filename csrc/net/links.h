@@ -46,7 +46,7 @@ class Links {
 
   /// Cancels the receives; nothing can be sent or received afterwards. Does not wait. False: MPI
   /// still has some of the slots.
-  bool close();
+  bool close() noexcept;
 
   size_t slot_bytes() const { return slot_bytes_; }
 

@@ -79,7 +79,7 @@ class LoadedMpi final : public Mpi {
     return true;
   }
 
-  bool cancel(Request& request) override {
+  bool cancel(Request& request) noexcept override {
     if (!request) return true;
     Handle handle = get(request);
     request = {};

@@ -27,7 +27,7 @@ struct MpiLibrary {
 /// Point-to-point messages over one communicator. Every call is thread-safe (MPI_THREAD_MULTIPLE is
 /// required) and returns at once; messages move while somebody is in one of these calls. Memory
 /// given to isend or irecv is MPI's until test() has been true. A call that MPI refuses throws
-/// Error(resource) with MPI's own words.
+/// Error(resource) with MPI's own words; cancel(), which ends things, never does.
 class Mpi {
  public:
   static constexpr size_t max_message_bytes = size_t{1} << 30;  // MPI counts with an int
@@ -53,7 +53,7 @@ class Mpi {
   virtual bool test(Request& request, size_t* received_bytes = nullptr) = 0;
   /// Gives up a receive, and waits for no peer. True if MPI will not write to its memory any more;
   /// false if a message was on its way already: that memory must then live until MPI has ended.
-  virtual bool cancel(Request& request) = 0;
+  virtual bool cancel(Request& request) noexcept = 0;
 };
 
 /// Throws Error(resource) that says which library or symbol is missing.

@@ -66,7 +66,7 @@ class NetWire {
   void exchange(Peer with, Chunk chunk, bool last);
 
   /// False: MPI still has some of the slots.
-  bool close() { return links_.close(); }
+  bool close() noexcept { return links_.close(); }
 
  private:
   /// The slots of one step, in the order of its peers.

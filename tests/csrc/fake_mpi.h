@@ -104,7 +104,7 @@ class FakeNetwork {
     bool test(Request& request, size_t* received_bytes) override {
       return network_.test(rank_, request, received_bytes);
     }
-    bool cancel(Request& request) override { return network_.cancel(request); }
+    bool cancel(Request& request) noexcept override { return network_.cancel(request); }
 
    private:
     FakeNetwork& network_;

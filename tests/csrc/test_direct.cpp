@@ -287,7 +287,7 @@ class Plain final : public Mpi {
     mpi_->irecv(data, bytes, from, tag, request);
   }
   bool test(Request& request, size_t* bytes) override { return mpi_->test(request, bytes); }
-  bool cancel(Request& request) override { return mpi_->cancel(request); }
+  bool cancel(Request& request) noexcept override { return mpi_->cancel(request); }
 
  private:
   const std::shared_ptr<Mpi> mpi_;
