@@ -14,12 +14,11 @@ size_t bytes_of(const Call& call) {
   return bytes;
 }
 
-/// The operation's number is still the last one that began: the next one begins after this.
-TraceRecord record_of(const Core& core, const Call& call, const Work& work, int64_t met_ns,
-                      ErrorCode error) {
+TraceRecord record_of(const Core& core, const Call& call, const Work& work, uint64_t sequence,
+                      int64_t met_ns, ErrorCode error) {
   TraceRecord record;
   record.communicator = core.name;
-  record.sequence = core.sequence.load(std::memory_order_relaxed);
+  record.sequence = sequence;
   record.kind = call.kind;
   record.op = call.op;
   record.dtype = call.dtype;
@@ -66,6 +65,9 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
   Trace& trace = *core.options.trace;
   const bool traced = trace.on();
   int64_t met_ns = 0;
+  // The one that it takes first. Later ones are of steps of its own: none but those begin before
+  // this has ended.
+  const uint64_t sequence = core.sequence.load(std::memory_order_relaxed) + 1;
   if (traced) core.window.note_meeting(&met_ns);
   // A caller that waits can look at a clock itself.
   const bool timed = traced || Engine::on_progress_thread();
@@ -73,7 +75,7 @@ void run_collective(Core& core, const Call& call, Work& work, const Interrupted&
     if (timed) work.end_ns = now_ns();
     if (!traced) return;
     core.window.note_meeting(nullptr);
-    trace.add(record_of(core, call, work, met_ns, error));
+    trace.add(record_of(core, call, work, sequence, met_ns, error));
   };
   if (timed) work.begin_ns = now_ns();
   try {

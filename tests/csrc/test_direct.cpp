@@ -325,6 +325,22 @@ void one_host_has_no_path(Rank& self) {
   require(self.comm->core().accelerator()->direct() == nullptr, "only some go directly");
 }
 
+/// A collective is traced under the number of its meeting, whatever steps of its own follow: in the
+/// first one the ranks agree on the way, and a broadcast goes through the host.
+void traced(Rank& self) {
+  self.comm->close();
+  self.options.trace = std::make_shared<Trace>();  // of this rank alone
+  self.comm = self.open();
+  self.options.trace->start();
+  sums<float>(self, 150'003, 1, true);
+  std::vector<uint64_t> numbers;
+  for (const TraceRecord& record : self.options.trace->stop().records) {
+    numbers.push_back(record.sequence);
+  }
+  require(numbers == std::vector<uint64_t>{1, 3, 4}, "collectives under other numbers");
+  require(self.comm->core().sequence == 5, "steps that have no numbers");
+}
+
 // ---- The end.
 
 /// All that a communicator had of the device has come back; in a process of several ranks, for the
@@ -427,6 +443,7 @@ void run_all() {
     run_on(hosts, asynchronous);
     run_on(hosts, mismatches);
     run_on(hosts, capture);
+    run_on(hosts, traced);
     run_on(hosts, departures);
     run_on(hosts, come_and_go);
     for (const Failure failure : {Failure::aborts, Failure::broken, Failure::interrupted}) {
