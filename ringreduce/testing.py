@@ -128,7 +128,8 @@ def run_threads(
     naming the rank. After timeout_s raises TimeoutError with the stacks of all threads.
 
     Where torch or cupy is imported and finds GPUs, each thread has a stream of its own as the
-    current one on each of them, and runs the whole of its backward itself.
+    current one on each of them, and runs the whole of its backward itself. A GPU that ranks share
+    has room for the kernels of one collective: let those of two communicators not overlap there.
     """
     agreed = settings.with_constants(settings.read(os.environ, **options))
     meeting, failures = Meeting(n), _Failures()

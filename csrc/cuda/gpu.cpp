@@ -74,7 +74,10 @@ class CudaGpu : public Gpu {
  public:
   CudaGpu(const Options& options, const Exchange& exchange) : options_(options) {
     const std::string trouble = first_trouble(exchange, trouble_of([&] { set_up(); }));
-    if (!trouble.empty()) throw Error(ErrorCode::resource, trouble);
+    if (!trouble.empty()) {
+      if (side_stream_) free_own();
+      throw Error(ErrorCode::resource, trouble);
+    }
     why_host_ = find_path(exchange);
     if (!why_host_.empty()) return;
     why_host_ = check_path(exchange);
@@ -179,12 +182,14 @@ class CudaGpu : public Gpu {
   }
 
   bool idle() override {
-    if (!last_event_) return true;
-    const OnDevice on(options_.device);
-    const Unrecorded unrecorded;
-    const cudaError_t error = cudaEventQuery(last_event_);
-    if (error == cudaErrorNotReady) cudaGetLastError();
-    return error != cudaErrorNotReady;  // after an error of the device nothing runs any more
+    if (last_event_) {
+      const OnDevice on(options_.device);
+      const Unrecorded unrecorded;
+      const cudaError_t error = cudaEventQuery(last_event_);
+      if (error == cudaErrorNotReady) cudaGetLastError();
+      if (error != cudaSuccess) return error != cudaErrorNotReady;  // a device that failed is idle
+    }
+    return !report().under_way;  // a replay of a graph, of which no event here knows
   }
 
   void close_peers() override { unmap(slab_); }

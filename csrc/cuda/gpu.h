@@ -117,7 +117,7 @@ class Gpu {
 
   // The end, in this order, each when all ranks have done the one before: destructors free
   // nothing that a peer may still use.
-  virtual bool idle() = 0;         // all that was enqueued has ended
+  virtual bool idle() = 0;         // all that was enqueued has ended, and no graph's kernel runs
   virtual void close_peers() = 0;  // unmaps the peers' slabs
   virtual void free_own() = 0;     // the slab and the streams
 };

@@ -312,8 +312,14 @@ void one_has_no_device(Rank& self) {
     float* const data = device.copy_of(std::vector<float>(100));
     Call call = on(device, Kind::allreduce, data, data, {100});
     if (self.rank == 1) call.device = 7;
+    self.exchange("all have their streams");
+    const size_t before = fake_cuda::num_streams();
+    self.exchange("and counted");
     const std::string text = error_of(ErrorCode::resource, [&] { self.run(call); });
     require_in(self.rank == 0 ? "another host" : "no device cuda:7", text);
+    self.exchange("all have failed");
+    require(fake_cuda::num_streams() == before, "streams are left");
+    self.exchange("and left none");
   }
   sums<float>(self, 150'003, 1, self.network->rank(self.rank)->takes_device_memory);
 }

@@ -281,6 +281,26 @@ void killed(Rank& self) {
   require_in("died", text);
 }
 
+/// All leave while a graph is replayed: nothing is unmapped before its kernels have ended, though
+/// they wait for that of rank 0, whose device is late.
+void closed_in_a_replay(Rank& self) {
+  Device device;
+  const size_t count = 1000;  // one block
+  float* const data = device.copy_of(input_of<float>(self.rank, count, 0));
+  self.run(on(device, Kind::allreduce, data, data, {length(count)}));
+  Graph graph(device, [&] { self.run(on(device, Kind::allreduce, data, data, {length(count)})); });
+  device.put(data, input_of<float>(self.rank, count, 1));
+  self.barrier();
+  if (self.rank == 0) {
+    require_cuda(cudaLaunchHostFunc(device.stream(), [](void*) { usleep(100'000); }, nullptr));
+  }
+  graph.launch();
+  const cuda::Gpu& gpu = self.comm->core().accelerator()->gpu();
+  while (self.rank != 0 && !gpu.report().under_way) std::this_thread::yield();
+  self.comm->close();
+  require_on_device(device, data, reduced<float>(Op::sum, self.size, count, 1), "at the end");
+}
+
 /// On a GPU each, in reach of each other; and on one GPU, where kernels of several processes do not
 /// run at once.
 void run_forks() {
@@ -297,6 +317,7 @@ void run_forks() {
   run_processes(3, each(symmetric));
   run_processes(3, each(replays));
   run_processes(3, each(killed), 1);
+  run_processes(3, each(closed_in_a_replay));
   fake_cuda::machine().peers = false;
   run_processes(2, each([](Rank& self) { check_path(self, false); }));
   run_processes(2, each(collectives));

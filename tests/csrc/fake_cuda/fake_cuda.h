@@ -30,6 +30,9 @@ bool used(int device);
 /// What cudaMalloc gives and nobody has freed, in bytes, in this process.
 size_t allocated_bytes();
 
+/// Streams that were made and nobody has destroyed, in this process.
+size_t num_streams();
+
 // ---- Inside kernels
 
 /// All threads of the block come here before any goes on. Whether one of them came with `value`.

@@ -114,6 +114,11 @@ cudaError_t release(void* memory, bool in_pool) {
 
 }  // namespace
 
+size_t num_streams() {
+  const std::lock_guard lock(state().mutex);
+  return state().streams.size();
+}
+
 size_t allocated_bytes() {
   const std::lock_guard lock(mutex);
   size_t total = 0;
