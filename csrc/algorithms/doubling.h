@@ -5,9 +5,10 @@
 // only.
 //
 // Where p is no power of two, the ranks past the largest one below p give their data to a partner
-// first and fetch the result at the end: at most two steps more (cost.h). Both sides of an exchange
-// add in order of rank, so all ranks have the same bits. Beside those of ring.h the Wire has, on
-// one running sum:
+// first and fetch the result at the end: at most two steps more (cost.h). Six ranks: 4 to 0 and 5
+// to 1; then 0 with 1 and 2 with 3; then 0 with 2 and 1 with 3; then 0 to 4 and 1 to 5. Both sides
+// of an exchange add in order of rank, so all ranks have the same bits. Beside those of ring.h the
+// Wire has, on one running sum:
 //   recv_reduce_keep(from, chunk)  the peers' partial sums + mine, kept
 //   exchange(with, chunk, last)    sends what is kept, adds what comes, and keeps that; the last
 //                                  time it is finished, and goes to the output

@@ -6,7 +6,11 @@
 //
 // The message is cut into segments. While the shards of one travel, the next one is reduced inside
 // and an earlier one is gathered: across and inside overlap, so the time is that of the slower of
-// the two, and once the other for a single segment. cost.h has steps, bytes and time.
+// the two, and once the other for a single segment. cost.h has steps, bytes and time. Three
+// segments, where the network is the slower:
+//
+//     inside   reduce 0 | reduce 1 |       gather 0 | reduce 2 | gather 1 |       gather 2
+//     across            | 0 ------------ | 1 -------------------- | 2 ----------- |
 //
 // Phases are what a rank does with a segment:
 //   reduce_scatter(segment)  with the node's ranks: its sum of this rank's shard, unfinished

@@ -3,8 +3,17 @@
 // sends 2 (p - 1) / p of the message, the least that any allreduce can.
 //
 // The message is cut into p blocks, block r ending at rank r; blocks are cut into chunks, and each
-// round moves one chunk of every block. cost.h has the steps and the elements sent. Two ranks at
-// least: a ring of one would add its own data twice.
+// round moves one chunk of every block. Which block each of four ranks sends in each step:
+//
+//               sums      results
+//     step     0  1  2    3  4  5
+//     rank 0   3  2  1    0  3  2    What a rank receives in one step it sends in the next: block 3
+//     rank 1   0  3  2    1  0  3    goes from rank 0 on, every rank adding its own input, and is
+//     rank 2   1  0  3    2  1  0    complete at rank 3; from there the result goes round again.
+//     rank 3   2  1  0    3  2  1
+//
+// cost.h has the steps and the elements sent. Two ranks at least: a ring of one would add its own
+// data twice.
 //
 // A Wire moves one chunk per call, and blocks until its slots are free or full:
 //   send(to, chunk)                          my contribution

@@ -60,7 +60,12 @@ struct TreePlace {
 
 /// The in-order binary tree over positions 0 .. size-1: position 0 is the root and has one child;
 /// below it, a position's level is the number of its trailing zero bits, so all odd positions are
-/// leaves.
+/// leaves. Of eight positions, from left to right, each below its parent:
+///
+///     0
+///                 4
+///           2           6
+///        1     3     5     7
 struct InorderTree {
   int size;
 

@@ -6,9 +6,16 @@
 // Depth of a rank: d; height of the trees: H; chunks per half: C. The schedule is skewed: at step s
 // a rank moves chunk s - (H - d) up and chunk s - (H + d) down, so that every message is received
 // exactly one step after it was sent, and all chunks are under way at once: 2 H + C - 1 messages
-// one after the other. Without the skew, up and down chunk by chunk, 64 ranks with 64 chunks take
-// 1089 steps in place of 75. Two slots per FIFO are enough: by induction over the steps, the slot a
-// message needs was emptied the step before. The Wire is the ring's (ring.h).
+// one after the other. Three chunks in a tree of height two:
+//
+//     step       0     1     2     3             4             5             6
+//     depth 2    up 0  up 1  up 2                down 0        down 1        down 2
+//     depth 1          up 0  up 1  up 2, down 0  down 1        down 2
+//     the root               up 0  up 1          up 2            (its sums go down at once)
+//
+// Without the skew, up and down chunk by chunk, 64 ranks with 64 chunks take 1089 steps in place of
+// 75. Two slots per FIFO are enough: by induction over the steps, the slot a message needs was
+// emptied the step before. The Wire is the ring's (ring.h).
 #pragma once
 
 #include "algorithms/topology.h"
