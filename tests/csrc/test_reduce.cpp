@@ -240,7 +240,7 @@ class Case {
     const uint8_t* const data = array.data();
     const size_t size_bytes = count_ * size_of(reduction_.dtype, formats_[s]);
     for (size_t at = 0; at < size_bytes; at += cache_line_bytes) {
-      if (data[at] != 0) return report("a line was not taken, source", s, at, kind, isa);
+      if (data[at] != taken_mark) return report("a line was not taken, source", s, at, kind, isa);
     }
   }
 
