@@ -206,15 +206,15 @@ Lifeline::Lifeline(int node, int nodes, bool leads, const Exchange& exchange, Ev
   state_->events = std::move(events);
   deadline.at_ns = std::min(deadline.at_ns, now_ns() + connect_limit_ns);
   const TreePlace place = InorderTree{nodes}.place(node);
-  std::string failure;
+  std::string failure, invitation;
   TcpListener listener;
   try {
     if (leads && place.num_children > 0) listener.open(place.num_children);
+    if (leads) invitation = std::to_string(node) + " " + listener.invitation();
   } catch (const Error& error) {
     failure = error.what();
   }
-  const std::vector<std::string> invitations =
-      exchange(leads ? std::to_string(node) + " " + listener.invitation() : "");
+  const std::vector<std::string> invitations = exchange(invitation);
   const auto invitation_of = [&](int wanted) {
     const std::string start = std::to_string(wanted) + " ";
     for (const std::string& each : invitations) {
