@@ -10,7 +10,7 @@
 
 namespace ringreduce {
 
-/// Blocks end on cache lines: no two ranks write to the same one.
+/// In elements: blocks end on cache lines, whatever the dtype, so no two ranks write to one.
 inline constexpr size_t block_granule = line_bytes;
 
 /// Runs `call` as the communicator's next collective. An allgather's result goes to `work`.

@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "comm/accelerator.h"
+#include "comm/collective.h"
 #include "cuda/kernels.h"
 #include "net/agreement.h"
 #include "net/wire.h"
@@ -39,7 +40,7 @@ void Constants::replace(const Measured& measured) {
 }
 
 Tuner::Tuner(Algorithm wanted, bool claims, const Measured& measured)
-    : wanted_(wanted), claims_(claims), here_(claims ? Constants::of_shared_cores() : Constants{}) {
+    : wanted_(wanted), here_(claims ? Constants::of_shared_cores() : Constants{}) {
   here_.replace(measured);
   agreed_.replace(measured);
 }
@@ -86,11 +87,11 @@ NodesChoice Tuner::across(size_t count, NodesShape shape, Dtype dtype) const {
 /// network.
 size_t Tuner::direct_chunk(size_t count, NodesShape shape, Dtype dtype) const {
   if (needs_wire() || count == 0) return 0;
-  const Rails rails{shape.rails, count, count, line_bytes};
+  const Rails rails{shape.rails, count, count, block_granule};
   const size_t shard = rails.shards(0, shape.rails).largest(), item_bytes = partial_size_of(dtype);
-  const Blocks blocks = Blocks::even(shard, shape.nodes, line_bytes);
+  const Blocks blocks = Blocks::even(shard, shape.nodes, block_granule);
   const size_t wanted = (blocks.largest() + NetWire::lanes - 1) / NetWire::lanes;
-  const size_t chunk = std::min((wanted + line_bytes - 1) / line_bytes * line_bytes,
+  const size_t chunk = std::min((wanted + block_granule - 1) / block_granule * block_granule,
                                 NetWire::device_slot_bytes / item_bytes);
   Link link = rail(shape.rails);
   link.alpha_s += launch_s;

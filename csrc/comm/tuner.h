@@ -60,7 +60,6 @@ class Tuner {
   Forecast forecast_node(size_t count, int size) const;
 
   Algorithm wanted_;
-  bool claims_;
   Constants here_;    // on this node
   Constants agreed_;  // equal on all nodes, also where only some have a core for each rank
 };

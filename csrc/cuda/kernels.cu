@@ -1,17 +1,14 @@
 // The kernels, and how the host starts them. Each algorithm is a header of algorithms/; what is
 // here is one kernel per algorithm and dtype, and how many blocks a call takes.
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <string>
 #include <type_traits>
 
 #include "algorithms/one_shot.h"
 #include "algorithms/ring.h"
 #include "algorithms/tree.h"
 #include "algorithms/two_shot.h"
-#include "base/error.h"
 #include "cuda/kernels.h"
+#include "cuda/runtime.h"
 #include "cuda/slab.h"
 #include "cuda/staged.cuh"
 #include "cuda/team.cuh"
@@ -249,11 +246,6 @@ constexpr Size sizes[num_kernels] = {
 };
 static_assert(sizes[3].most_blocks <= max_wire_blocks);
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw Error(ErrorCode::resource, std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 }  // namespace
 
 size_t slab_bytes(int ranks, bool wire) {
@@ -262,17 +254,17 @@ size_t slab_bytes(int ranks, bool wire) {
 
 int most_blocks(int sharers) {
   int device = 0, processors = 0, fewest = max_blocks;
-  check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-        "the device does not tell its size");
+  require(cudaGetDevice(&device), "no current device");
+  require(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+          "the device does not tell its size");
   for (int number = 0; number < num_kernels * num_dtypes; ++number) {
     const Entry entry =
         entry_of(static_cast<Kernel>(number / num_dtypes), static_cast<Dtype>(number % num_dtypes));
     if (!entry) continue;
     int per_processor = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-              &per_processor, reinterpret_cast<const void*>(entry), threads_per_block, 0),
-          "the kernels cannot be loaded");
+    require(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                &per_processor, reinterpret_cast<const void*>(entry), threads_per_block, 0),
+            "the kernels cannot be loaded");
     fewest = std::min(fewest, per_processor * processors / sharers);
   }
   return fewest;
@@ -294,9 +286,10 @@ void launch(Kernel kernel, const DeviceCall& call, int blocks, void* stream) {
   for (size_t& offset : made.offsets) offset *= elements.parts;
   const Entry entry = entry_of(actual(kernel, call), made.dtype);
   void* arguments[] = {&made};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(entry), dim3(static_cast<unsigned>(blocks)),
-                         dim3(threads_per_block), arguments, 0, static_cast<cudaStream_t>(stream)),
-        "a kernel cannot be launched");
+  require(
+      cudaLaunchKernel(reinterpret_cast<const void*>(entry), dim3(static_cast<unsigned>(blocks)),
+                       dim3(threads_per_block), arguments, 0, as_stream(stream)),
+      "a kernel cannot be launched");
 }
 
 }  // namespace ringreduce::cuda
