@@ -373,8 +373,8 @@ void come_and_go(Rank& self) {
 
 enum class Failure { aborts, broken, interrupted };
 
-/// Rank 0's device is busy with something else when the ranks have met, so the others are waiting
-/// for its data. Then rank 0 gives up, or rank 1's MPI breaks.
+/// Rank 0's device is busy with something else when the ranks have met and it has been given its
+/// part, so the others are waiting for its data. Then rank 0 gives up, or rank 1's MPI breaks.
 void fails(Rank& self, Failure failure) {
   Device device;
   const size_t count = 150'000;
@@ -384,7 +384,10 @@ void fails(Rank& self, Failure failure) {
   const size_t before = self.network->bytes_sent_from_device(1);
   self.barrier();
   const Call call = on(device, Kind::allreduce, data, data, {length(count)});
-  const auto others_wait = [&] { return self.network->bytes_sent_from_device(1) > before; };
+  const auto others_wait = [&] {
+    return self.network->bytes_sent_from_device(1) > before &&
+           fake_cuda::num_queued(device.stream()) > 0;
+  };
   std::atomic<bool> busy{self.rank == 0};
   std::thread trouble;
   if (self.rank == 0) {

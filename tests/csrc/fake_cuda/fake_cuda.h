@@ -33,6 +33,9 @@ size_t allocated_bytes();
 /// Streams that were made and nobody has destroyed, in this process.
 size_t num_streams();
 
+/// What a stream has been given and not begun.
+size_t num_queued(void* stream);
+
 // ---- Inside kernels
 
 /// All threads of the block come here before any goes on. Whether one of them came with `value`.

@@ -175,6 +175,11 @@ State& state() {
   return *all;
 }
 
+size_t num_queued(void* stream) {
+  const std::lock_guard lock(state().mutex);
+  return static_cast<CUstream_st*>(stream)->queue.size();
+}
+
 void set_most_delay_us(unsigned most_us) { most_delay_us = most_us; }
 
 cudaError_t put(cudaStream_t stream, Operation operation) {
