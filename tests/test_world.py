@@ -240,13 +240,13 @@ before = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), before[1]))  # no room for a stack
 try:
     rr.allreduce(np.ones(3), async_op=True)
-except RuntimeError:
-    print("refused")
+except rr.ResourceError as error:
+    print("refused:", str(error).partition(":")[0])
 resource.setrlimit(resource.RLIMIT_AS, before)
 assert rr.allreduce(np.ones(3)).sum() == 3
 assert rr.allreduce(np.ones(3), async_op=True).wait().sum() == 3
 """
-    assert run_python(script)[0] == "refused\n"
+    assert run_python(script)[0] == "refused: cannot start a thread\n"
 
 
 class FakeTorch:

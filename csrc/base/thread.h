@@ -3,13 +3,17 @@
 
 #include <signal.h>
 
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
+
+#include "base/error.h"
 
 namespace ringreduce {
 
 /// Runs `function` on a new thread, which nobody waits for. No signal handler ever runs there:
-/// signals are for the user's threads.
+/// signals are for the user's threads. Throws ErrorCode::resource.
 template <class Function>
 void start_thread(Function function) {
   struct Blocked {  // a new thread inherits the mask
@@ -21,7 +25,13 @@ void start_thread(Function function) {
     }
     ~Blocked() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
   } blocked;
-  std::thread(std::move(function)).detach();
+  try {
+    std::thread(std::move(function)).detach();
+  } catch (const std::system_error& error) {
+    throw Error(ErrorCode::resource, std::string("cannot start a thread: ") + error.what() +
+                                         ". Raise the limits of threads (ulimit -u) and memory of "
+                                         "this user, container or job");
+  }
 }
 
 }  // namespace ringreduce

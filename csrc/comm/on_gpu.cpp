@@ -361,7 +361,12 @@ Accelerator& accelerator_of(Core& core, int device, Deadline deadline,
   if (Engine::on_progress_thread()) cuda::settle(device);
   if (const std::shared_ptr<Accelerator> open = core.accelerator()) return *open;
   auto opened = std::make_shared<Accelerator>(core, device, deadline, interrupted);
-  opened->start(core.shared_from_this());
+  try {
+    opened->start(core.shared_from_this());
+  } catch (const Error& error) {
+    core.abort_failed(error);  // no thread: the others have theirs, and go on
+    throw;
+  }
   core.set_accelerator(opened);
   return *opened;
 }

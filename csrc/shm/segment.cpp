@@ -44,6 +44,7 @@ std::shared_ptr<Memory> map(int fd, size_t size_bytes, int flags) {
 /// the time between two of them.
 int allocate(int fd, size_t size_bytes) {
   constexpr size_t piece_bytes = size_t{1} << 20;
+  if (ftruncate(fd, static_cast<off_t>(size_bytes)) != 0) return errno;  // more than files can have
   int error = 0;
   for (size_t begin = 0; begin < size_bytes && error == 0; begin += piece_bytes) {
     const size_t length = std::min(piece_bytes, size_bytes - begin);
