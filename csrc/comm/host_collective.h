@@ -55,10 +55,13 @@ class HostCollective {
   /// Allocates an allgather's result, by what all ranks' headers say, and places the operands in
   /// it. Returns where each rank's part begins, in elements, and the end.
   std::vector<size_t> place_result(const std::vector<Header>& headers) {
-    // What peers say of their sizes is checked against this.
+    // What peers say of their sizes is checked against this, so that no product or sum wraps.
     constexpr size_t largest_result_bytes = size_t{1} << 46;
     std::vector<size_t> offsets{0};
     for (const Header& header : headers) {
+      if (header_.count > 0 && header.rows > largest_result_bytes / header_.count) {
+        throw std::bad_alloc();
+      }
       work_.counts.push_back(header.rows);
       offsets.push_back(offsets.back() + header.rows * header_.count);
     }

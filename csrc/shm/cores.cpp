@@ -24,21 +24,22 @@ int quota_in(const std::string& folder) {
 }  // namespace
 
 std::string affinity_mask() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  sched_getaffinity(0, sizeof(set), &set);
-  return std::string(reinterpret_cast<const char*>(&set), sizeof(set));
+  // The kernel refuses a mask too small for the machine, as a cpu_set_t of 1024 processors may be;
+  // Linux has no more than these.
+  constexpr size_t most_processors = 8192;
+  std::string mask(most_processors / 8, '\0');
+  sched_getaffinity(0, mask.size(), reinterpret_cast<cpu_set_t*>(mask.data()));
+  return mask;
 }
 
 int cores_in_union(const std::string* masks, int num_masks) {
-  int cores = 0;
-  for (size_t byte = 0; byte < sizeof(cpu_set_t); ++byte) {
-    unsigned char bits = 0;
-    for (int mask = 0; mask < num_masks; ++mask) {
-      if (byte < masks[mask].size()) bits |= static_cast<unsigned char>(masks[mask][byte]);
-    }
-    cores += std::popcount(bits);
+  std::string all;
+  for (int mask = 0; mask < num_masks; ++mask) {
+    all.resize(std::max(all.size(), masks[mask].size()));
+    for (size_t byte = 0; byte < masks[mask].size(); ++byte) all[byte] |= masks[mask][byte];
   }
+  int cores = 0;
+  for (const char bits : all) cores += std::popcount(static_cast<unsigned char>(bits));
   return std::max(cores, 1);
 }
 
