@@ -390,3 +390,26 @@ def test_ctrl_c_interrupts_a_wait_and_is_told_to_the_others(name):
     assert errors[0][0] - board[1] < NAMED_AT_LAST_S
     for _, kind, text in errors[1:]:
         assert kind == "PeerFailed" and "rank 0 was interrupted" in text, text
+
+
+def test_what_a_signal_handler_raises_is_raised_though_it_left_first():
+    """As a handler of SIGTERM does that says goodbye and exits."""
+    board = Board()
+
+    def fn(comm: rr.Communicator) -> tuple[float, str, str]:
+        def leave(*_: object) -> None:
+            comm.close()
+            raise SystemExit("preempted")
+
+        if comm.rank == 0:
+            signal.signal(signal.SIGTERM, leave)
+            board[0] = os.getpid()
+            return error_of(comm.barrier)
+        os.kill(int(board.wait(0)), signal.SIGTERM)
+        while not comm.core.aborted:
+            time.sleep(0.001)
+        return error_of(comm.barrier)
+
+    first, second = testing.run_forks(2, fn, timeout_s=20)
+    assert first[1:] == ("SystemExit", "preempted")
+    assert second[1] == "PeerFailed" and "rank 0 closed the communicator" in second[2], second

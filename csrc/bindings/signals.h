@@ -4,6 +4,8 @@
 #include <nanobind/nanobind.h>
 
 #include <optional>
+#include <type_traits>
+#include <utility>
 
 #include "base/error.h"
 #include "comm/work.h"
@@ -24,19 +26,33 @@ class Signals {
   }
 
   /// Calls `function` without the GIL; raises what a signal handler raised in place of the core's
-  /// error.
+  /// error, and of the result of a wait that has ended well all the same.
   template <class Function>
   auto guard(Function function) {
-    try {
-      nanobind::gil_scoped_release no_gil;
+    const auto without_gil = [&] {
+      const nanobind::gil_scoped_release no_gil;
       return function();
-    } catch (const Error& error) {
-      if (error.code() == ErrorCode::interrupted && raised_) throw std::move(*raised_);
+    };
+    try {
+      if constexpr (std::is_void_v<decltype(function())>) {
+        without_gil();
+        raise();
+      } else {
+        auto result = without_gil();
+        raise();
+        return result;
+      }
+    } catch (const Error&) {
+      raise();
       throw;
     }
   }
 
  private:
+  void raise() {
+    if (raised_) throw std::move(*raised_);
+  }
+
   std::optional<nanobind::python_error> raised_;
 };
 
