@@ -34,12 +34,8 @@ std::shared_ptr<Work> Engine::enqueue(Task task, bool asynchronous) {
     start_thread([self = shared_from_this()] { self->progress(); });
     started_ = true;
   }
-  queue_.push_back({std::move(task), work});
+  queue_.push_back({std::move(task), work, asynchronous});
   last_ = work;
-  if (asynchronous) {
-    unseen_.push_back(work);
-    any_unseen_.store(true, std::memory_order_relaxed);
-  }
   changed_.notify_all();
   return work;
 }
@@ -63,25 +59,34 @@ void Engine::progress() {
     entry.task = nullptr;  // what it holds is released before anybody may count on it
     lock.lock();
     busy_ = false;
-    // Last: whoever has waited for it may find the engine idle.
-    entry.work->finish(error);
+    finish(entry, error);  // last: whoever has waited for it may find the engine idle
   }
   for (Entry& entry : queue_) {
-    entry.work->finish(std::make_exception_ptr(
-        Error(ErrorCode::closed, "the communicator was closed before this operation began")));
+    finish(entry,
+           std::make_exception_ptr(Error(
+               ErrorCode::closed, "the communicator was closed before this operation began")));
   }
   queue_.clear();
+}
+
+/// Under the mutex.
+void Engine::finish(Entry& entry, std::exception_ptr error) {
+  if (error && entry.asynchronous) {
+    unseen_.push_back(entry.work);
+    any_unseen_.store(true, std::memory_order_relaxed);
+  }
+  entry.work->finish(std::move(error));
 }
 
 std::exception_ptr Engine::take_unseen_error() {
   if (!any_unseen_.load(std::memory_order_relaxed)) return nullptr;
   std::lock_guard lock(mutex_);
-  while (!unseen_.empty() && unseen_.front()->done()) {
+  while (!unseen_.empty()) {
     const std::shared_ptr<Work> work = unseen_.front();
     unseen_.pop_front();
-    if (work->failed() && !work->seen()) return work->error();
+    if (!work->seen()) return work->error();
   }
-  any_unseen_.store(!unseen_.empty(), std::memory_order_relaxed);
+  any_unseen_.store(false, std::memory_order_relaxed);
   return nullptr;
 }
 
@@ -94,7 +99,7 @@ bool Engine::drain(Deadline deadline, const Interrupted& interrupted) {
   std::shared_ptr<Work> last;
   {
     std::lock_guard lock(mutex_);
-    last = last_;
+    last = last_.lock();
   }
   return !last || last->wait(deadline, interrupted) == Work::Outcome::finished;
 }

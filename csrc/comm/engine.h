@@ -53,18 +53,20 @@ class Engine : public std::enable_shared_from_this<Engine> {
   struct Entry {
     Task task;
     std::shared_ptr<Work> work;
+    bool asynchronous;
   };
   void progress();
+  void finish(Entry& entry, std::exception_ptr error);
 
   std::mutex mutex_;  // of everything below
   std::condition_variable changed_;
   std::deque<Entry> queue_;
-  // Asynchronous operations whose errors may go unnoticed.
+  // Asynchronous operations that have failed, whose errors may go unnoticed.
   std::deque<std::shared_ptr<Work>> unseen_;
   // Whether unseen_ has any; written under the mutex. Read without it, so that a call with nothing
-  // to hear of pays for no lock: what another thread starts meanwhile is heard of in a later call.
+  // to hear of pays for no lock: what fails meanwhile is heard of in a later call.
   std::atomic<bool> any_unseen_{false};
-  std::shared_ptr<Work> last_;
+  std::weak_ptr<Work> last_;  // gone: it has ended, and nobody wants its result
   bool busy_ = false, started_ = false, stopped_ = false;
 };
 
