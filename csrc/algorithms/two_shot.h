@@ -14,6 +14,11 @@
 //   prepare(round)  put my contribution into the window
 //   combine(round)  reduce what of the round falls to me
 //   collect(round)  fetch what is finished
+// Three rounds, each phase one ahead of the next:
+//     step       0  1  2  3  4
+//     prepare    0  1  2
+//     combine       0  1  2
+//     collect          0  1  2
 #pragma once
 
 #include "base/chunk.h"
