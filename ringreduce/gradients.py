@@ -165,12 +165,15 @@ class GradientReducer:
         """
         roll_call = self.roll_call
         assert roll_call is not None
-        roll_call.call(False, False, (), len(self._slots))
+        rank = self.comm.rank
+        left_behind = self._held() if rank in roll_call.here else ()
+        roll_call.call(False, False, left_behind, len(self._slots))
+        if rank not in roll_call.here:
+            for slot in self._slots:
+                if slot.index not in self._local | roll_call.kept:
+                    slot.parameter.grad = None  # as the others have done
         if roll_call.over:
             return False
-        for slot in self._slots:
-            if slot.index not in self._local | roll_call.kept:
-                slot.parameter.grad = None  # as the others have done
         left = any(self._slots[i].parameter.grad is not None for i in self._local)
         self._prepare(roll_call.weighted or roll_call.by_present, left)
         self._finish()
@@ -230,8 +233,10 @@ class GradientReducer:
 
     def _kept(self) -> list[int]:
         """Slots whose reduced gradients this backward will be accumulated onto."""
-        if not self._idempotent:
-            return []
+        return self._held() if self._idempotent else []
+
+    def _held(self) -> list[int]:
+        """Slots whose `.grad` is what was reduced, and not zero."""
         found = ((i, self._slots[i]) for i in self._reduced)
         return [
             i

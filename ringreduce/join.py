@@ -15,7 +15,8 @@ class RollCall:
 
     here: ranks that had, in the last call in which any had. over: nobody has any more.
     weighted: whether any rank here has a weight. kept: slots in which any rank here accumulates
-    onto gradients that are reduced already.
+    onto gradients that are reduced already; once it is over, those in which any rank that had data
+    to the end has left such gradients.
     """
 
     def __init__(self, comm: Communicator, by_present: bool, strict: bool) -> None:
@@ -32,19 +33,22 @@ class RollCall:
         self._strict = strict
 
     def call(self, here: bool, weighted: bool, kept: Collection[int], num_slots: int) -> None:
-        """Collective: all ranks come to it, those out of data too. Raises RingReduceError."""
+        """Collective: all ranks come to it, those out of data too. Raises RingReduceError.
+
+        kept: of a rank out of data, what it left when it had some until now; else nothing.
+        """
         size, rank = self._comm.size, self._comm.rank
         bits = np.zeros(size + 1 + num_slots, np.uint8)
         bits[rank] = here
         bits[size] = here and weighted
-        if here:
-            bits[[size + 1 + slot for slot in kept]] = 1
+        bits[[size + 1 + slot for slot in kept]] = 2 if here else 1
         flags = self._comm.allreduce_(bits, "max").tolist()
         present = [other for other in range(size) if flags[other]]
         self.over = not present
         self.here = present or self.here
         self.weighted = bool(flags[size])
-        self.kept = {slot for slot in range(num_slots) if flags[size + 1 + slot]}
+        said = 1 if self.over else 2
+        self.kept = {slot for slot in range(num_slots) if flags[size + 1 + slot] == said}
         if self._strict and 0 < len(present) < size:
             absent = sorted(set(range(size)) - set(present))
             raise RingReduceError(

@@ -11,6 +11,7 @@ from wrapped import (
     assert_equal,
     build,
     gradients,
+    mean,
     mlp,
     normal,
     run_copies,
@@ -48,13 +49,16 @@ def one_process(model, divide_by_initial_world_size, batches=BATCHES):
     return values(model)
 
 
-def train(wrapped, rank, batches, **arguments):
+def train(wrapped, rank, batches, zeroed="before", **arguments):
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     with wrapped.join(**arguments) as joined:
         for step in range(batches[rank]):
-            optimizer.zero_grad()
+            if zeroed == "before":
+                optimizer.zero_grad()
             rank_loss(wrapped, rank, step).backward()
             optimizer.step()
+            if zeroed == "after":
+                optimizer.zero_grad()
     return joined.root
 
 
@@ -74,14 +78,17 @@ def test_equals_one_process(initial, limits):
         assert_close(result, expected)
 
 
+@pytest.mark.parametrize("zeroed", ["before", "after"])
 @pytest.mark.parametrize("batches", [[3, 3], [0, 0], [1, 4]])
-def test_training_goes_on_afterwards(batches):
+def test_training_goes_on_afterwards(batches, zeroed):
+    """Ranks out of data are left with no gradients that the others do not have."""
     model = build(lambda: mlp(3, 5, 2))
 
     def run(wrapped, rank):
         for _ in range(2):
-            train(wrapped, rank, batches)
-        wrapped.zero_grad()
+            train(wrapped, rank, batches, zeroed)
+        if zeroed == "before":
+            wrapped.zero_grad()
         rank_loss(wrapped, rank, 7).backward()
         return values(wrapped), gradients(wrapped)
 
@@ -90,6 +97,7 @@ def test_training_goes_on_afterwards(batches):
     assert_equal(grads_a, grads_b)
     one_process(model, True, batches)
     assert_close(model_a, one_process(model, True, batches))
+    assert_close(grads_a, mean(2, model, lambda model, rank: rank_loss(model, rank, 7)))
 
 
 def test_sum():
