@@ -138,7 +138,8 @@ class Communicator:
     def broadcast_(self, x: Any, root: int = 0, *, async_op: bool = False) -> Any:
         root = self.check_root(root)
         array = describe(x, True)
-        tensors.mark_written(array)
+        if self.rank != root:  # there autograd may still need what it is
+            tensors.mark_written(array)
         return self._run(BROADCAST, 0, root, array, array, async_op)
 
     def grouped_broadcast_(
@@ -334,7 +335,7 @@ class Communicator:
         for members in messages.values():
             for i in members[1:]:
                 check_together(sources[members[0]], sources[i])
-        if targets is sources:
+        if targets is sources and (kind != BROADCAST or self.rank != root):
             for array in targets:
                 tensors.mark_written(array)
         results = [target.owner for target in targets]

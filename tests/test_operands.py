@@ -189,7 +189,6 @@ def test_gradients(ranks):
         for in_place in (
             lambda x: comm.allreduce_(x),
             lambda x: comm.allreduce(torch.ones(3), out=x),
-            lambda x: comm.broadcast_(x),
             lambda x: comm.grouped_allreduce_([x])[0],
             lambda x: comm.allreduce_(x, async_op=True).wait(),
         ):
@@ -199,6 +198,11 @@ def test_gradients(ranks):
             assert x._version == version + 1
             y = nn.Parameter(torch.ones(3))
             assert in_place(y) is y and y.requires_grad and y.is_leaf
+        for send in (comm.broadcast_, lambda x, root: comm.grouped_broadcast_([x], root)[0]):
+            x = nn.Parameter(torch.ones(3))
+            version = x._version
+            assert send(x, 1) is x and x.requires_grad and x.is_leaf
+            assert x._version == version + (comm.rank != 1)  # the root's stays as it is
         saved = torch.ones(3, requires_grad=True)
         product = (saved * saved).sum()
         comm.allreduce_(saved)
