@@ -91,7 +91,8 @@ class GradientReducer:
         self._local_task = -1  # the backward that is not to be reduced
         self._lock = threading.Lock()
         self._closed = False
-        self._hooked = any(slot.parameter._post_accumulate_grad_hooks for slot in self._slots)
+        self._hooked = any(map(_has_hooks, (slot.parameter for slot in self._slots)))
+        self._versions: list[int] = []  # of the parameters as the backward began, if hooked
         self._handles = [
             slot.parameter.register_post_accumulate_grad_hook(self._counter(slot, run))
             for run in self._runs
@@ -253,6 +254,7 @@ class GradientReducer:
             grad = slot.parameter.grad
             if grad is not None and grad is not slot.published:
                 self._take_out(slot, grad)
+        self._note_versions()
         for run in self._runs:
             run.missing.update(slot.index for slot in run.slots)
             run.grads[:] = [None] * len(run.slots)
@@ -314,11 +316,24 @@ class GradientReducer:
     def _set_apart(self) -> None:
         """A user's hook, still to come, may write to any gradient: from now on, to a copy."""
         self._hooked = True
+        self._note_versions()
         for run in self._runs:
             with run.joined():
                 for slot, grad in zip(run.slots, run.grads, strict=True):
                     if grad is not None and slot.parameter.grad is grad:
                         slot.parameter.grad = grad.clone()
+
+    def _note_versions(self) -> None:
+        self._versions = [slot.parameter._version for slot in self._slots] if self._hooked else []
+
+    def _check_versions(self) -> None:
+        for slot, version in zip(self._slots, self._versions, strict=False):
+            if slot.parameter._version != version:
+                raise RingReduceError(
+                    f"'{slot.name}' was written during backward(), as an optimizer in a hook does. "
+                    "Gradients are this rank's until backward returns, so the ranks may have "
+                    "different values now: step after backward()"
+                )
 
     def _guard(self, slot: Slot) -> Callable[[Tensor], None]:
         """Before a gradient is accumulated: what is reduced already must not be reduced again."""
@@ -379,6 +394,7 @@ class GradientReducer:
                 self._publish()
                 recorder = self.comm.bootstrap.recorder
                 record_backward(recorder, self._begin_ns, computed_ns, self._runs)
+                self._check_versions()
         finally:
             self._armed = False
             self._late = self._late and not self._late_once
@@ -435,6 +451,13 @@ class GradientReducer:
             slot.publish()
         self._reduced.update([slot.index for slot in published])
         self._local.clear()
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    """Of the user, after accumulation; torch's optimizers in backward have another kind."""
+    return bool(parameter._post_accumulate_grad_hooks) or hasattr(
+        parameter, "_in_backward_optimizers"
+    )
 
 
 def reducers_of(module: nn.Module) -> set[GradientReducer]:

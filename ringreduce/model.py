@@ -45,8 +45,9 @@ class DistributedModel(nn.Module):
     all ranks must call it, and where one loss has several models, run their forwards in the same
     order. The loss must depend on what forward returned. `.grad` is then a view of a bucket, which
     the next reduced backward overwrites: clone it to keep it. Until backward returns it is this
-    rank's: a hook on a parameter sees, and an optimizer in it would step with, that one. What hooks
-    registered later than this write to any `.grad` is not reduced.
+    rank's: that is what a hook on a parameter sees. An optimizer that steps in one raises
+    RingReduceError at the end of backward. What hooks registered later than this write to any
+    `.grad` is not reduced.
 
     On a GPU `.grad` is final, when backward returns, for what the current stream is given next.
 

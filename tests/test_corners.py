@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.utils.checkpoint import checkpoint
 from wrapped import (
     TINY,
@@ -20,10 +21,12 @@ from wrapped import (
     normal,
     plain_loss,
     run_copies,
+    run_wrapped,
     times,
 )
 
 import ringreduce as rr
+from ringreduce.errors import RingReduceError
 from ringreduce.testing import run_threads
 
 
@@ -282,6 +285,36 @@ def test_hooks_after_accumulation(value, in_place):
     for limits in {}, TINY:
         for grads in run_copies(2, model, run, **limits):
             assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after", "torch's"])
+def test_optimizers_in_backward(when):
+    """They would step with this rank's gradient: all ranks are told, and can go on."""
+
+    def step_at_once(model):
+        for parameter in model.parameters():
+            optimizer = torch.optim.SGD([parameter], lr=0.1)
+
+            def step(parameter, optimizer=optimizer):
+                optimizer.step()
+                optimizer.zero_grad()
+
+            parameter.register_post_accumulate_grad_hook(step)
+
+    def run(wrapped, rank):
+        if when == "after":
+            step_at_once(wrapped)
+        for _ in range(2):
+            with pytest.raises(RingReduceError, match="'0.*' was written during backward"):
+                plain_loss(wrapped, rank).backward()
+
+    models = [build(lambda: mlp(3, 2)) for _ in range(2)]
+    for model in models:
+        if when == "before":
+            step_at_once(model)
+        elif when == "torch's":
+            _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    run_wrapped(models, run)
 
 
 @pytest.mark.parametrize("limits", [{}, TINY])
