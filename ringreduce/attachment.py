@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import threading
 import weakref
 from collections.abc import Collection, Iterator
 from types import TracebackType
@@ -224,6 +225,9 @@ class Attachment:
         return not (reducer.holds(parameters) and reducer.plan == self._plan(parameters))
 
 
+_joining = threading.local()  # open: whether this thread is within a join() of any model
+
+
 class Join:
     """What `model.join()` returns: a context within which ranks may run out of data.
 
@@ -236,6 +240,7 @@ class Join:
         self._enable = enable
         self._by_present = by_present
         self._strict = strict
+        self._open = False
 
     def __enter__(self) -> Join:
         attachment = self._attachment
@@ -243,8 +248,12 @@ class Join:
             attachment.connect()
         reducer = attachment._reducer
         if self._enable and reducer is not None:
-            if reducer.roll_call is not None:
-                raise RuntimeError("join() within join() of the same model")
+            if getattr(_joining, "open", False):
+                raise RuntimeError(
+                    "join() within join(): a rank without data would not know which model's "
+                    "backward is the others' next. Make one module of the models, and wrap that"
+                )
+            _joining.open = self._open = True
             reducer.roll_call = RollCall(reducer.comm, self._by_present, self._strict)
         return self
 
@@ -254,8 +263,11 @@ class Join:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._open:
+            return
+        _joining.open = self._open = False
         reducer = self._attachment._reducer
-        if not self._enable or reducer is None or reducer.roll_call is None:
+        if reducer is None or reducer.roll_call is None:  # closed meanwhile
             return
         try:
             if kind is None:

@@ -135,7 +135,7 @@ class DistributedModel(nn.Module):
 
         Within it, no rank may unfreeze or convert parameters, and other collectives of the loop or
         of forward (SyncBatchNorm) find no partners in ranks that left. Raises ValueError unless op
-        is "avg" or "sum".
+        is "avg" or "sum", RuntimeError within a join() of this or another model.
         """
         return self._attachment.join(
             divide_by_initial_world_size, enable, throw_on_early_termination

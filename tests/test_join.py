@@ -20,6 +20,7 @@ from wrapped import (
 )
 
 from ringreduce.errors import RingReduceError
+from ringreduce.model import DistributedModel
 
 BATCHES = [3, 0, 5, 2]  # of each rank
 
@@ -247,13 +248,20 @@ def test_early_termination():
     assert_equal(*run_copies(2, build(lambda: mlp(3, 2)), run))
 
 
-def test_not_enabled():
+def test_not_enabled_and_within_another():
     def run(wrapped, rank):
         with wrapped.join(enable=False):
             rank_loss(wrapped, rank, 0).backward()
         with wrapped.join(), wrapped.join(enable=False):
             rank_loss(wrapped, rank, 0).backward()
-        with wrapped.join(), pytest.raises(RuntimeError, match="within join"), wrapped.join():
+        other = DistributedModel(nn.Linear(1, 1), comm=wrapped._attachment.comm)
+        with wrapped.join():
+            for inner in wrapped, other:
+                with pytest.raises(RuntimeError, match="within join"), inner.join():
+                    pass
+        with other.join():
+            other.close()
+        with wrapped.join():
             pass
 
     run_copies(2, build(lambda: mlp(3, 2)), run)
