@@ -141,12 +141,12 @@ class ProcessGroup(_ProcessGroup):
 
     @spanned("ringreduce:all_reduce_coalesced")
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> GroupWork:
-        xs = list_of(tensors)
+        xs = list({id(x): x for x in list_of(tensors)}.values())  # one that comes twice, once
         op, asynchronous = op_of(opts, xs), is_asynchronous(opts)
         if op in BITWISE:
             return self._reduce_bits(op, xs, xs, opts)
         started = self._comm().grouped_allreduce_(xs, op, async_op=asynchronous)
-        return self._work(started, asynchronous, xs)
+        return self._work(started, asynchronous, list_of(tensors))
 
     @spanned("ringreduce:broadcast")
     def broadcast(

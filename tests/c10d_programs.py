@@ -65,7 +65,7 @@ raises(TypeError, "band", dist.all_reduce, torch.ones(2), dist.ReduceOp.BAND)
 odd = dist.ReduceOp.BOR if r else dist.ReduceOp.BXOR
 raises(ringreduce.MismatchError, "rank 0", dist.all_reduce, mine.clone(), odd)
 xs = [full(r), full(r, 2, dtype=torch.int64)]
-group.allreduce_coalesced(xs).wait()
+group.allreduce_coalesced([*xs, xs[0]]).wait()
 assert all((x == 3).all() for x in xs)
 x = torch.full((4, 5), float(r)).t()[1:4]
 dist.broadcast(x, 2)
