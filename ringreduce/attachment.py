@@ -280,9 +280,9 @@ class Join:
         while reducer.shadow():
             pass
         self.root = roll_call.here[0]
-        if len(roll_call.here) < reducer.comm.size:
-            attachment = self._attachment
-            broadcast_model(reducer.comm, attachment.module, attachment.options.ignore, self.root)
+        attachment = self._attachment
+        # Even where all left at once: steps after the last reduced backward may differ.
+        broadcast_model(reducer.comm, attachment.module, attachment.options.ignore, self.root)
 
 
 def attach(

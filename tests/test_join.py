@@ -231,6 +231,19 @@ def test_buffers_are_of_a_rank_with_data():
     assert first["1.num_batches_tracked"] == 4
 
 
+def test_all_end_with_one_model_whatever_they_did():
+    """As a loop that steps also with gradients of its rank alone, under no_sync()."""
+
+    def run(wrapped, rank):
+        with wrapped.join():
+            rank_loss(wrapped, rank, 0).backward()
+            with torch.no_grad():
+                wrapped.module[0].weight.add_(rank)
+        return values(wrapped)
+
+    assert_equal(*run_copies(2, build(lambda: mlp(3, 2)), run))
+
+
 def test_early_termination():
     def run(wrapped, rank):
         done = []
