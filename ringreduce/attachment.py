@@ -90,13 +90,16 @@ class Attachment:
     # ---- Around forward.
 
     def before_forward(self) -> None:
-        """Collective the first time, and where parameters were unfrozen, converted or replaced."""
+        """Collective the first time, in a join that is to end early, and where parameters were
+        unfrozen, converted or replaced.
+        """
         if not torch.is_grad_enabled():
             return
         if not self._connected and not self._closed:
             self.connect()
         if self._reducer is not None:
             self._reducer.recover()
+            self._reducer.meet()
             if self._syncing and self._is_outdated(self._reducer):
                 self._build(self._reducer.comm, self._reducer)
 

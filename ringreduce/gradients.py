@@ -131,7 +131,12 @@ class GradientReducer:
             handle.remove()
         self._handles.clear()
 
-    # ---- Between forward and backward.
+    # ---- Around forward.
+
+    def meet(self) -> None:
+        """Before forward. Raises RingReduceError in a strict join that a rank has left."""
+        if self.roll_call is not None and self.roll_call.strict:
+            self.roll_call.call(True, False, (), len(self._slots))
 
     def watch(self, outputs: Iterable[Tensor], sync: bool) -> None:
         """Called after forward: the backward from its outputs is to be reduced (sync) or not."""
@@ -224,7 +229,8 @@ class GradientReducer:
     def _arm(self) -> None:
         roll_call, weighted = self.roll_call, self.weight is not None
         if roll_call is not None:
-            roll_call.call(True, weighted, self._kept(), len(self._slots))
+            if not roll_call.strict:
+                roll_call.call(True, weighted, self._kept(), len(self._slots))
             weighted |= roll_call.by_present
         self._prepare(weighted, True)
         finish = functools.partial(self._finish)  # the engine's alone: an exception drops it

@@ -13,6 +13,8 @@ from ringreduce.errors import RingReduceError
 class RollCall:
     """At the beginning of each reduced backward, every rank says whether it still has data.
 
+    If strict, before each forward instead: layers in it may wait for all ranks, too.
+
     here: ranks that had, in the last call in which any had. over: nobody has any more.
     weighted: whether any rank here has a weight. kept: slots in which any rank here accumulates
     onto gradients that are reduced already; once it is over, those in which any rank that had data
@@ -30,7 +32,7 @@ class RollCall:
         self.weighted = False
         self.kept: set[int] = set()
         self._comm = comm
-        self._strict = strict
+        self.strict = strict
 
     def call(self, here: bool, weighted: bool, kept: Collection[int], num_slots: int) -> None:
         """Collective: all ranks come to it, those out of data too. Raises RingReduceError.
@@ -49,7 +51,7 @@ class RollCall:
         self.weighted = bool(flags[size])
         said = 1 if self.over else 2
         self.kept = {slot for slot in range(num_slots) if flags[size + 1 + slot] == said}
-        if self._strict and 0 < len(present) < size:
+        if self.strict and 0 < len(present) < size:
             absent = sorted(set(range(size)) - set(present))
             raise RingReduceError(
                 f"rank {', '.join(map(str, absent))} ran out of data before the others, and "

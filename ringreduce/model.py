@@ -131,10 +131,11 @@ class DistributedModel(nn.Module):
             data. With weights, those alone decide.
         enable: False: the context does nothing.
         throw_on_early_termination: as soon as some ranks, but not all, are out of data, all raise
-            RingReduceError: those at the end of the context, the others in backward().
+            RingReduceError: those at the end of the context, the others at their next forward. The
+            small message then comes before each forward, as a SyncBatchNorm in it needs.
 
-        Within it, no rank may unfreeze or convert parameters, and other collectives of the loop or
-        of forward (SyncBatchNorm) find no partners in ranks that left. Raises ValueError unless op
+        Within it, no rank may unfreeze or convert parameters. Other collectives of the loop or of
+        forward find no partners in ranks that left. Raises ValueError unless op
         is "avg" or "sum", RuntimeError within a join() of this or another model.
         """
         return self._attachment.join(

@@ -49,7 +49,8 @@ class _Group:
 class SyncBatchNorm(_BatchNorm):
     """A BatchNorm whose mean and variance are of the batches of all ranks together.
 
-    `convert_sync_batchnorm` makes them of BatchNorm layers, with their parameters and buffers.
+    `convert_sync_batchnorm` makes them of BatchNorm layers, with their parameters and buffers, and
+    one communicator for all; a layer made otherwise has its own.
 
     In training mode forward and backward are collective, of equal order on all ranks. A rank's
     batch may be empty, or of another size. Outputs, gradients of inputs and running values are what
@@ -65,7 +66,10 @@ class SyncBatchNorm(_BatchNorm):
     and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
 
-    _group: _Group
+    def __init__(self, *args: Any, comm: Communicator | None = None, **kwargs: Any) -> None:
+        """Arguments as of nn.BatchNorm2d. comm: the ranks; default: all."""
+        super().__init__(*args, **kwargs)
+        self._group = _Group(comm)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

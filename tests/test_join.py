@@ -1,5 +1,7 @@
 """Uneven data: ranks that have none any more accompany the others, and all end with one model."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from wrapped import (
 
 from ringreduce.errors import RingReduceError
 from ringreduce.model import DistributedModel
+from ringreduce.sync_batchnorm import SyncBatchNorm
+from ringreduce.testing import run_threads
 
 BATCHES = [3, 0, 5, 2]  # of each rank
 
@@ -245,20 +249,25 @@ def test_all_end_with_one_model_whatever_they_did():
 
 
 def test_early_termination():
-    def run(wrapped, rank):
+    """Ranks are told before forward, in which the batch norm would wait for rank 1."""
+    model = build(lambda: mlp(3, 2))
+
+    def run(comm):
+        norm = SyncBatchNorm(2, momentum=0.5, comm=comm).double()
+        wrapped = DistributedModel(nn.Sequential(copy.deepcopy(model), norm), comm=comm)
         done = []
         message = "rank 1 ran out of data"
         with pytest.raises(RingReduceError, match=message), wrapped.join(True, True, True):
-            for step in range(3 - rank):
+            for step in range(3 - comm.rank):
                 wrapped.zero_grad()
-                rank_loss(wrapped, rank, step).backward()
+                rank_loss(wrapped, comm.rank, step).backward()
                 done.append(step)
         assert done == [0, 1]
         with wrapped.join(throw_on_early_termination=True):  # equal: nothing to complain of
-            rank_loss(wrapped, rank, 5).backward()
+            rank_loss(wrapped, comm.rank, 5).backward()
         return gradients(wrapped)
 
-    assert_equal(*run_copies(2, build(lambda: mlp(3, 2)), run))
+    assert_equal(*run_threads(2, run))
 
 
 def test_not_enabled_and_within_another():
