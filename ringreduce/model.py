@@ -187,6 +187,10 @@ class DistributedModel(nn.Module):
         """The module's; torch derives the names of parameters and buffers from it."""
         return self.module.named_modules(*args, **kwargs)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: which child's name is not part of others."""
+        return {"": "module"}
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
         return self.module.state_dict(*args, **kwargs)

@@ -325,6 +325,7 @@ import copy, os, tempfile, torch, ringreduce.c10d, torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.distributed.checkpoint as checkpoint
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _coalescing_manager, _world
 from torch.distributed.fsdp import fully_shard
@@ -347,6 +348,13 @@ checkpoint.save({"w": sharded, "epoch": 3}, checkpoint_id=path[0])
 state = {"w": distribute_tensor(torch.zeros(4, 3), mesh, [Shard(1)]), "epoch": 0}
 checkpoint.load(state, checkpoint_id=path[0])
 assert torch.equal(state["w"].full_tensor(), whole) and state["epoch"] == 3
+model = ringreduce.DistributedModel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+adam = torch.optim.Adam(model.parameters())
+model(torch.ones(4, 2)).sum().backward()
+adam.step()
+parameters, moments = get_state_dict(model, adam)
+assert parameters.keys() == model.state_dict().keys()
+set_state_dict(model, adam, model_state_dict=parameters, optim_state_dict=moments)
 
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 3)).double()
