@@ -5,6 +5,7 @@ No gradients here.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
 
 from torch import Tensor, nn
@@ -39,14 +40,14 @@ def broadcast_model(
 
 
 class Buffers:
-    """The buffers of a module, to be made equal again and again."""
+    """The buffers of a module, to be made equal again and again. Does not keep the module alive."""
 
     def __init__(self, comm: Communicator, module: nn.Module, ignore: Collection[str]) -> None:
         self._comm = comm
-        self._module = module
+        self._module = weakref.ref(module)
         # Where buffers are, not which: forward may assign new ones.
         self._homes = [
-            (owner, name)
+            (weakref.ref(owner), name)
             for path, owner in module.named_modules()
             for name in owner._buffers
             if f"{path}.{name}".lstrip(".") not in ignore
@@ -54,9 +55,11 @@ class Buffers:
 
     def broadcast(self, root: int = 0) -> None:
         """Gives the root's to all ranks if the module is in training mode. Collective then."""
-        if not self._module.training:
+        module = self._module()
+        if module is None or not module.training:
             return
-        found = (owner._buffers.get(name) for owner, name in self._homes)
+        owners = ((home(), name) for home, name in self._homes)
+        found = (owner._buffers.get(name) for owner, name in owners if owner is not None)
         # Behind autograd's back: the graph of another forward may have saved them, as batch norm
         # does, which does not use their values there.
         buffers = {id(x): x.data for x in found if x is not None}

@@ -1,7 +1,9 @@
 """attach(): the module itself is trained on all ranks, without a wrapper."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -132,6 +134,18 @@ def test_copies_are_not_attached(how):
         assert_close(gradients(module), mean(2, model, plain_loss))
 
     run_attached([copy.deepcopy(model) for _ in range(2)], run)
+
+
+def test_it_keeps_no_module_alive():
+    def run(comm):
+        module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+        rr.attach(module, comm=comm)
+        plain_loss(module, comm.rank).backward()
+        return weakref.ref(module)
+
+    modules = run_threads(2, run)
+    gc.collect()
+    assert [module() for module in modules] == [None, None]
 
 
 def test_what_cannot_be_attached():
