@@ -368,6 +368,30 @@ WAITS: dict[str, Callable[[rr.Communicator], object]] = {
 }
 
 
+def test_a_signal_handler_may_use_another_communicator_but_not_the_one_that_waits():
+    def fn(comm: rr.Communicator) -> tuple[float, float]:
+        other = comm.split(0)
+        x, y = np.full(2, comm.rank + 1.0), np.full(4, comm.rank + 1.0)
+
+        def handler(number: int, frame: object) -> None:
+            for call in (comm.barrier, comm.allreduce(x, async_op=True).wait):
+                with pytest.raises(ValueError, match="set a flag in the handler"):
+                    call()
+            other.allreduce_(y)
+
+        if comm.rank == 0:  # keeps the other waiting until its handler has come here
+            other.allreduce_(y)
+        else:
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        comm.allreduce_(x)
+        if comm.rank == 0:
+            comm.allreduce(x)
+        return x.sum(), y.sum()
+
+    assert testing.run_forks(2, fn, timeout_s=20) == [(6.0, 12.0)] * 2
+
+
 @pytest.mark.parametrize("name", WAITS)
 def test_ctrl_c_interrupts_a_wait_and_is_told_to_the_others(name):
     board = Board()

@@ -170,8 +170,12 @@ bool with_buffer(nb::handle x, Use use) {
 }
 
 /// Kept per thread, so that its memory is allocated once.
-Call& fill_call(const Plain& plain, Op op) {
-  thread_local Call call{Kind::allreduce, Op::sum, Dtype::f32, 0, std::vector<Tensor>(1), 0};
+struct Kept {
+  Call call{Kind::allreduce, Op::sum, Dtype::f32, 0, std::vector<Tensor>(1), 0};
+  bool in_use = false;
+};
+
+void fill(Call& call, const Plain& plain, Op op) {
   call.op = op;
   call.dtype = plain.dtype;
   Tensor& tensor = call.tensors.front();
@@ -181,7 +185,21 @@ Call& fill_call(const Plain& plain, Op op) {
     layout->shape.assign(plain.shape, plain.shape + plain.dimensions);
     layout->item_bytes = size_of(plain.dtype);
   }
-  return call;
+}
+
+void run_plain(Communicator& communicator, const Plain& plain, Op op) {
+  thread_local Kept kept;
+  std::optional<Kept> nested;  // of a signal handler that runs within a call
+  if (kept.in_use) nested.emplace();
+  struct Use {
+    Kept& kept;
+    explicit Use(Kept& kept) : kept(kept) { kept.in_use = true; }
+    ~Use() { kept.in_use = false; }
+  } use(nested ? *nested : kept);
+  fill(use.kept.call, plain, op);
+  Work work;
+  Signals signals;
+  signals.guard([&] { communicator.run(use.kept.call, work, signals.asker()); });
 }
 
 }  // namespace
@@ -226,10 +244,7 @@ bool allreduce_plain(Communicator& communicator, nb::handle x, nb::handle op_nam
       if (!known.mark_written.is_none()) {
         known.mark_written(nb::make_tuple(x));
       }
-      const Call& call = fill_call(plain, *op);
-      Work work;
-      Signals signals;
-      signals.guard([&] { communicator.run(call, work, signals.asker()); });
+      run_plain(communicator, plain, *op);
     };
     return known.table ? with_exchange_table(known, x, run) : with_buffer(x, run);
   }

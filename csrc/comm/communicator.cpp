@@ -165,6 +165,7 @@ bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
 }
 
 bool Communicator::wait(Work& work, Deadline deadline, const Interrupted& interrupted) {
+  if (!work.done()) engine_->refuse_within_operation();
   const Work::Outcome outcome = work.wait(deadline, interrupted);
   if (outcome == Work::Outcome::timed_out) return false;
   if (outcome == Work::Outcome::interrupted) {

@@ -14,14 +14,18 @@ bool Engine::on_progress_thread() { return is_progress_thread; }
 
 Engine::Turn::Turn(Engine& engine) : engine_(engine) {
   std::lock_guard lock(engine_.mutex_);
+  engine_.refuse_holder();
   if (engine_.stopped_) throw Error(ErrorCode::closed, "the communicator is closed");
   granted_ = !engine_.busy_ && engine_.queue_.empty();
-  if (granted_) engine_.busy_ = true;
+  if (!granted_) return;
+  engine_.busy_ = true;
+  engine_.holder_ = std::this_thread::get_id();
 }
 
 Engine::Turn::~Turn() {
   if (!granted_) return;
   std::lock_guard lock(engine_.mutex_);
+  engine_.holder_ = {};
   engine_.busy_ = false;
   if (!engine_.queue_.empty()) engine_.changed_.notify_all();
 }
@@ -69,7 +73,6 @@ void Engine::progress() {
   queue_.clear();
 }
 
-/// Under the mutex.
 void Engine::finish(Entry& entry, std::exception_ptr error) {
   if (error && entry.asynchronous) {
     unseen_.push_back(entry.work);
@@ -88,6 +91,18 @@ std::exception_ptr Engine::take_unseen_error() {
   }
   any_unseen_.store(false, std::memory_order_relaxed);
   return nullptr;
+}
+
+void Engine::refuse_within_operation() {
+  std::lock_guard lock(mutex_);
+  refuse_holder();
+}
+
+void Engine::refuse_holder() const {
+  if (holder_ != std::this_thread::get_id()) return;
+  throw Error(ErrorCode::invalid,
+              "a signal handler that runs within a collective cannot wait for another one of the "
+              "same communicator: set a flag in the handler, and look at it between collectives");
 }
 
 bool Engine::idle() {

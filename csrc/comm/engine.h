@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "comm/work.h"
 
@@ -26,6 +27,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   /// The right to run an operation on this thread, now. Nobody has it while others are under way.
   class Turn {
    public:
+    /// Throws if this thread has it already: it is in a signal handler, and would wait for itself.
     explicit Turn(Engine& engine);
     ~Turn();
     Turn(const Turn&) = delete;
@@ -43,6 +45,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   /// The error of an earlier operation that nobody waited for; each is returned once.
   std::exception_ptr take_unseen_error();
 
+  /// Throws if this thread is within an operation that it runs itself, as its signal handlers are.
+  void refuse_within_operation();
+
   bool idle();
   /// False if operations are still under way at the deadline.
   bool drain(Deadline deadline, const Interrupted& interrupted);
@@ -56,7 +61,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
     bool asynchronous;
   };
   void progress();
+  // The mutex is held in these.
   void finish(Entry& entry, std::exception_ptr error);
+  void refuse_holder() const;
 
   std::mutex mutex_;  // of everything below
   std::condition_variable changed_;
@@ -67,6 +74,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // to hear of pays for no lock: what fails meanwhile is heard of in a later call.
   std::atomic<bool> any_unseen_{false};
   std::weak_ptr<Work> last_;  // gone: it has ended, and nobody wants its result
+  std::thread::id holder_;    // who has a Turn; of no thread if nobody has
   bool busy_ = false, started_ = false, stopped_ = false;
 };
 
