@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed import Store
 
+MPI_IS_OVER = "MPI_Finalize was called before init(): call init() first, or leave it to mpi4py"
 POLL_S = 1e-3  # longest nap between two looks at MPI: an exchange is on no hot path
 
 
@@ -112,6 +113,8 @@ class MpiBootstrap(Bootstrap):
             raise TypeError(f"comm must be an mpi4py communicator, not {type(comm).__name__}")
         from mpi4py import MPI
 
+        if MPI.Is_finalized():
+            raise RingReduceError(MPI_IS_OVER)
         if comm == MPI.COMM_NULL:
             raise ValueError("comm is MPI.COMM_NULL: this rank is not a member of it")
         if not isinstance(comm, MPI.Intracomm):

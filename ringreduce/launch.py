@@ -14,8 +14,14 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from ringreduce.bootstrap import Bootstrap, MpiBootstrap, SelfBootstrap, StoreBootstrap
-from ringreduce.errors import RingReduceError
+from ringreduce.bootstrap import (
+    MPI_IS_OVER,
+    Bootstrap,
+    MpiBootstrap,
+    SelfBootstrap,
+    StoreBootstrap,
+)
+from ringreduce.errors import NotInitialized, RingReduceError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,6 +42,9 @@ RANKS = {
 }
 SLURM_VARIABLE = "SLURM_STEP_NUM_TASKS"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Set by a rank, for its children: the number of its process.
+RANK_PROCESS = "_RINGREDUCE_RANK_PROCESS"
 
 _store_uses = itertools.count()
 
@@ -68,18 +77,22 @@ def mpi_launch(environment: Mapping[str, str]) -> Launch | None:
 def from_environment(comm: MPI.Intracomm | Bootstrap | None, timeout_s: float) -> Bootstrap:
     """The Bootstrap of this process: over comm where one is given, else as it was launched.
 
-    Collective. Raises RingReduceError where the launcher tells of more ranks than can be reached.
+    Collective. Raises RingReduceError where the launcher tells of more ranks than can be reached,
+    NotInitialized in a process that a rank has started.
     """
     if isinstance(comm, Bootstrap):
         return comm
     if comm is not None:
         return MpiBootstrap(comm, timeout_s)
     launch = mpi_launch(os.environ)
+    torchrun = all(variable in os.environ for variable in TORCHRUN_VARIABLES)
+    if launch is not None or torchrun:
+        _refuse_in_child(os.environ)
     if launch is not None:
         return _over_mpi(launch, timeout_s)
     if _started_mpi_size() > 1:  # a launcher that we do not know, but the program's MPI does
         return MpiBootstrap(sys.modules["mpi4py.MPI"].COMM_WORLD, timeout_s)
-    if all(variable in os.environ for variable in TORCHRUN_VARIABLES):
+    if torchrun:
         return _over_torch_store(timeout_s)
     return SelfBootstrap()
 
@@ -95,6 +108,25 @@ def limit_threads(threads: int) -> None:
 def _number(environment: Mapping[str, str], variable: str) -> int:
     text = environment.get(variable, "")
     return int(text) if text.isdecimal() else 0
+
+
+def _refuse_in_child(environment: Mapping[str, str]) -> None:
+    """A child inherits the launcher's variables: as a second rank of its number it would hang."""
+    rank_process = _number(environment, RANK_PROCESS)
+    parents = [os.getppid()]
+    if "multiprocessing.process" in sys.modules:  # under "forkserver" another process forks
+        parent = sys.modules["multiprocessing.process"].parent_process()
+        parents += [] if parent is None else [parent.pid]
+    if rank_process in parents:
+        raise NotInitialized(no_rank("started", rank_process))
+
+
+def no_rank(made: str, parent: int) -> str:
+    """Why this process, which was forked or started by a rank, cannot be used as one."""
+    return (
+        f"process {os.getpid()} was {made} by process {parent}, which is the rank: use ringreduce "
+        "there only, and hand its children what they need of it, such as the rank's number"
+    )
 
 
 def _started_mpi_size() -> int:
@@ -131,6 +163,8 @@ def _over_mpi(launch: Launch, timeout_s: float) -> Bootstrap:
     if start_here:
         level = mpi4py.rc.thread_level if mpi4py.rc.threads else "single"
         MPI.Init_thread(getattr(MPI, f"THREAD_{level.upper()}"))
+    if MPI.Is_finalized():
+        raise RingReduceError(MPI_IS_OVER)
     if not MPI.Is_initialized():
         raise RingReduceError("mpi4py.rc.initialize is False: call MPI.Init_thread() before init()")
     if MPI.COMM_WORLD.size == 1 and launch.least_size > 1:

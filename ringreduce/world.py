@@ -14,7 +14,7 @@ from ringreduce import _core, ending, settings
 from ringreduce.bootstrap import Bootstrap, MpiBootstrap
 from ringreduce.communicator import Communicator
 from ringreduce.errors import CollectiveTimeout, NotInitialized, RingReduceError
-from ringreduce.launch import from_environment, limit_threads
+from ringreduce.launch import RANK_PROCESS, from_environment, limit_threads, no_rank
 from ringreduce.settings import Settings
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ def _open(comm: MPI.Intracomm | Bootstrap | None, given: dict[str, Any]) -> None
         ending.release()  # all ranks raise here, so each can say why and end by itself
         bootstrap.close()
         raise
+    if bootstrap.size > 1:
+        os.environ[RANK_PROCESS] = str(os.getpid())
     _set_up_log(bootstrap)
     core = bootstrap.open_core("world")
     _share_cores(core.window_info()["cores"], core.local_rank, core.local_size)
@@ -189,10 +191,7 @@ def _require_same(comm: MPI.Intracomm | Bootstrap | None, given: dict[str, Any])
 
 def _refuse_in_child() -> None:
     if _World.forked_from is not None:
-        raise NotInitialized(
-            f"process {os.getpid()} was forked from process {_World.forked_from}, which is the "
-            "rank: use ringreduce there only, or start children with multiprocessing's 'spawn'"
-        )
+        raise NotInitialized(no_rank("forked", _World.forked_from))
 
 
 def _after_fork() -> None:

@@ -1,13 +1,14 @@
 """Which Bootstrap a process gets, and that it is never silently a world of one."""
 
+import os
 import sys
 
 import pytest
 
 from ringreduce import launch
 from ringreduce.bootstrap import SelfBootstrap
-from ringreduce.errors import RingReduceError
-from ringreduce.launch import Launch, from_environment, mpi_launch
+from ringreduce.errors import NotInitialized, RingReduceError
+from ringreduce.launch import TORCHRUN_VARIABLES, Launch, from_environment, mpi_launch
 
 pytestmark = pytest.mark.core
 
@@ -64,6 +65,18 @@ def test_launched_without_mpi4py(no_launcher, monkeypatch):
     assert isinstance(from_environment(None, 1.0), SelfBootstrap)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
     with pytest.raises(RingReduceError, match="of Open MPI started .* pip install mpi4py"):
+        from_environment(None, 1.0)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"OMPI_COMM_WORLD_SIZE": "2"}, dict.fromkeys(TORCHRUN_VARIABLES, "2")]
+)
+def test_a_child_of_a_rank_is_none_itself(no_launcher, monkeypatch, variables):
+    monkeypatch.setenv(launch.RANK_PROCESS, str(os.getppid()))
+    assert isinstance(from_environment(None, 1.0), SelfBootstrap)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NotInitialized, match=f"started by process {os.getppid()}, which is the"):
         from_environment(None, 1.0)
 
 
