@@ -108,6 +108,9 @@ def from_bytes(message: bytes) -> Array:
     return describe(np.frombuffer(message, np.uint8))
 
 
+MOST_BYTES = 2**47  # that a process can address
+
+
 class Blank(NamedTuple):
     """A C-contiguous array that does not exist yet."""
 
@@ -118,7 +121,11 @@ class Blank(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * int(self.dtype.itemsize)
+        """Raises ValueError for more than any machine has."""
+        size_bytes = math.prod(self.shape) * int(self.dtype.itemsize)
+        if size_bytes > MOST_BYTES:
+            raise ValueError(f"shape {self.shape} of {self.dtype} is too large: {size_bytes} bytes")
+        return size_bytes
 
     def allocate(self) -> Any:
         return self.framework.empty(self.shape, self.dtype, self.device)

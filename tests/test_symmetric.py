@@ -27,7 +27,7 @@ from expected import (
     with_each,
 )
 
-from ringreduce import MismatchError
+from ringreduce import MismatchError, ResourceError
 
 SLICE_BYTES = 65536
 
@@ -332,6 +332,18 @@ def test_sizes_must_agree(ranks):
         with pytest.raises(MismatchError):
             comm.allreduce_(x)
         assert (comm.allreduce_(comm.empty(9, np.int8) * 0 + 1) == 2).all()
+
+    ranks(2, check)
+
+
+def test_more_than_the_machine_has(ranks):
+    def check(comm):
+        with pytest.raises(ResourceError, match="bytes .* failed: Cannot allocate memory"):
+            comm.empty(2**47, np.uint8)
+        for shape in ((2**47, 1), (2**62, 8), (2**64 - 1,)):
+            with pytest.raises(ValueError, match="too large"):
+                comm.empty(shape, np.int16)
+        assert (comm.allreduce_(comm.empty(9, np.int8) * 0 + 1) == comm.size).all()
 
     ranks(2, check)
 

@@ -14,6 +14,9 @@
 namespace ringreduce {
 namespace {
 
+// Segments for which the machine is asked first whether it has the memory.
+constexpr size_t large_segment_bytes = size_t{64} << 20;
+
 /// Ranks with equal identities may share memory: one kernel, one network namespace (abstract
 /// sockets live in it), one user; threads also one process. Only the nonce in a mapped segment
 /// proves it.
@@ -171,6 +174,9 @@ void Node::exchange_fds(std::vector<Fd>& fds, Deadline deadline) {
 /// Among processes: each maps the memfds of all.
 void Node::share_memfds(Segment& segment, Deadline deadline) {
   std::vector<Fd> fds(segment.blocks.size());
+  if (segment.size_bytes >= large_segment_bytes) {  // before any rank begins to take its part
+    throw_alike(failure_of([&] { check_available(segment.size_bytes * fds.size()); }), deadline);
+  }
   Fd& own = fds[static_cast<size_t>(local_rank_)];
   throw_alike(failure_of([&] { own.number = create_memfd(segment.size_bytes); }), deadline);
   exchange_fds(fds, deadline);

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <string>
 
 #include "base/error.h"
@@ -55,7 +57,24 @@ int allocate(int fd, size_t size_bytes) {
   return error;
 }
 
+/// What this machine can give, swap included; any number of bytes where that cannot be read.
+size_t available_bytes() {
+  std::ifstream file("/proc/meminfo");
+  std::string name, rest;
+  size_t kilobytes = 0, total_bytes = 0;
+  while (file >> name >> kilobytes && std::getline(file, rest)) {
+    if (name == "MemAvailable:" || name == "SwapFree:") total_bytes += kilobytes << 10;
+  }
+  return total_bytes > 0 ? total_bytes : SIZE_MAX;
+}
+
 }  // namespace
+
+void check_available(size_t size_bytes) {
+  if (size_bytes <= available_bytes()) return;
+  errno = ENOMEM;
+  fail("allocation", size_bytes);
+}
 
 int create_memfd(size_t size_bytes) {
   const int fd = memfd_create("ringreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING);

@@ -21,6 +21,10 @@ class Memory {
   char* data_ = nullptr;
 };
 
+/// Throws ErrorCode::resource if the machine cannot give so many bytes. Linux does not refuse
+/// shared memory: it reserves page after page, and when none is left kills some process.
+void check_available(size_t size_bytes);
+
 /// A new memfd of `size_bytes`: allocated now (no memory later means an error here, not a SIGBUS
 /// there) and sealed against resizing. The caller closes it. Throws ErrorCode::resource.
 int create_memfd(size_t size_bytes);
