@@ -103,7 +103,6 @@ nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::li
   for (nb::handle fields : tensors) {
     call.tensors.push_back(tensor(nb::cast<nb::tuple>(fields), call, communicator));
   }
-  owner.release_finished();
   Signals signals;
   std::shared_ptr<Work> work;
   signals.guard([&] {
@@ -115,6 +114,7 @@ nb::object submit(nb::object self, int kind, int op, int dtype, int root, nb::li
       work->finish(nullptr);
     }
   });
+  owner.release_finished();  // now: a barrier may be the last call for long
   if (asynchronous) owner.kept.emplace_back(work, keepalive);
   return nb::cast(PyWork{work, self});
 }
