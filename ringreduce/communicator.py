@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringreduce import _core, profiling, tensors
 from ringreduce.arrays import CPU, Array, check_apart, check_together
-from ringreduce.errors import MismatchError, ResourceError
+from ringreduce.errors import MismatchError, PeerFailed, ResourceError
 from ringreduce.operands import (
     DEFAULT_STREAMS,
     DeviceOperands,
@@ -217,8 +217,10 @@ class Communicator:
 
         color: any 64-bit integer; None takes part and gets None. key: orders the ranks of the new
         communicator; equal keys, and all by default, in the order of this one. algorithm: of the
-        new communicator, in place of the setting. Raises ResourceError on all ranks of a group if
-        one of them could not be set up, MismatchError if they give different algorithms.
+        new communicator, in place of the setting. close() it when it is no longer needed: until
+        then it has memory, and a file descriptor for each rank of the node. Raises ResourceError
+        on all ranks of a group if one of them could not be set up, MismatchError if they give
+        different algorithms.
         """
         if algorithm is not None and algorithm not in _core.ALGORITHMS:
             raise ValueError(
@@ -448,6 +450,9 @@ class _GroupExchange:
         rank = self._members.index(self._parent.rank)
         try:
             core = bootstrap.make_core(rank, len(self._members), self, name, algorithm)
+        except PeerFailed:
+            self._own(self.finish(b""))  # the rank that gave up says why
+            raise
         except Exception as error:
             self.finish(str(error).encode() or type(error).__name__.encode())
             raise

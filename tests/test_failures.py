@@ -6,9 +6,12 @@ on one is in test_jobs.py.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import mmap
 import os
 import random
+import resource
 import signal
 import statistics
 import struct
@@ -366,6 +369,41 @@ WAITS: dict[str, Callable[[rr.Communicator], object]] = {
     "queued": lambda comm: (comm.barrier(async_op=True), comm.barrier()),
     "allocating": lambda comm: comm.empty(10, "u1"),
 }
+
+
+def test_too_few_file_descriptors_are_told_to_all():
+    def check(comm: rr.Communicator) -> int:
+        failed = 0
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for culprit, left, make in itertools.product(
+            (0, 2), range(6), (lambda: comm.split(0), lambda: comm.empty(10**7, np.uint8))
+        ):
+            held = []
+            comm.barrier()
+            if comm.rank == culprit:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+                with contextlib.suppress(OSError):
+                    while True:
+                        held.append(os.open("/dev/null", os.O_RDONLY))
+                for _ in range(left):
+                    os.close(held.pop())
+            try:
+                made = make()
+            except rr.ResourceError as error:
+                assert "oo many open files" in str(error)
+                made, failed = None, failed + 1
+            for fd in held:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            if isinstance(made, rr.Communicator):
+                made.close()
+            del made
+            comm.split(0).close()
+            assert (comm.allreduce_(comm.empty(2 * 10**7, np.uint8) * 0 + 1) == 3).all()
+        return failed
+
+    first, *others = testing.run_forks(3, check)
+    assert 8 < first < 24 and others == [first] * 2
 
 
 def test_a_signal_handler_may_use_another_communicator_but_not_the_one_that_waits():

@@ -46,6 +46,9 @@ decltype(auto) set_up_together(Core& core, const Header& header, const Interrupt
   try {
     return set_up(deadline);
   } catch (const Error& error) {
+    if (error.code() == ErrorCode::timeout) {  // what is on its way would be taken for the next
+      core.group.abort(ErrorCode::timeout, -1, error.what());
+    }
     if (error.code() == ErrorCode::resource || !watch.stop()) throw;
     throw_aborted(core, header);
   }

@@ -21,8 +21,12 @@ constexpr size_t large_segment_bytes = size_t{64} << 20;
 /// sockets live in it), one user; threads also one process. Only the nonce in a mapped segment
 /// proves it.
 std::string identity(bool in_process) {
-  std::string boot;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  // Read once: without a file descriptor left, a rank would find itself on a node of its own.
+  static const std::string boot = [] {
+    std::string id;
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
+    return id;
+  }();
   struct stat network{};
   stat("/proc/self/ns/net", &network);
   return boot + "/" + std::to_string(network.st_ino) + "/" + std::to_string(geteuid()) + "/" +
@@ -182,6 +186,11 @@ void Node::share_memfds(Segment& segment, Deadline deadline) {
   exchange_fds(fds, deadline);
   throw_alike(failure_of([&] {
                 for (size_t peer = 0; peer < fds.size(); ++peer) {
+                  if (fds[peer].number < 0) {
+                    throw Error(ErrorCode::resource,
+                                "a peer's shared memory did not arrive: too many open files here, "
+                                "or on the node's first rank (ulimit -n)");
+                  }
                   segment.blocks[peer] = map_memfd(fds[peer].number, segment.size_bytes);
                 }
               }),

@@ -25,6 +25,7 @@ void receive_all(int socket, void* data, size_t size_bytes, Deadline deadline);
 void send_message(int socket, const std::string& message, Deadline deadline);
 std::string receive_message(int socket, Deadline deadline);
 
+/// -1 stands for a file descriptor that the sender lacks, or for which the receiver has none free.
 void send_fd(int socket, int fd, Deadline deadline);
 int receive_fd(int socket, Deadline deadline);
 
