@@ -434,6 +434,7 @@ def test_a_forked_child_is_no_rank():
     def check(comm):
         part = comm.split(0)
         x = ones(3)
+        work = comm.barrier(async_op=True) if comm.rank == 0 else None  # the others come later
         child = os.fork()
         if child == 0:
             refused = 0
@@ -444,6 +445,7 @@ def test_a_forked_child_is_no_rank():
                 lambda: part.broadcast(x),
                 lambda: comm.split(0),
                 lambda: comm.empty(3, np.float32),
+                lambda: work.wait() if work else comm.barrier(),
             ):
                 try:
                     call()
@@ -453,7 +455,10 @@ def test_a_forked_child_is_no_rank():
             del part, comm
             os._exit(refused)
         _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 6
+        assert os.waitstatus_to_exitcode(status) == 7
+        part.barrier()
+        if work is None:
+            comm.barrier()
         meet_well(part)
         meet_well(comm)
         return True

@@ -376,7 +376,7 @@ def test_too_few_file_descriptors_are_told_to_all():
         failed = 0
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         for culprit, left, make in itertools.product(
-            (0, 2), range(6), (lambda: comm.split(0), lambda: comm.empty(10**7, np.uint8))
+            (0, 2), range(6), (lambda: comm.split(0), lambda: comm.empty(2 * 10**6, np.uint8))
         ):
             held = []
             comm.barrier()
@@ -399,7 +399,7 @@ def test_too_few_file_descriptors_are_told_to_all():
                 made.close()
             del made
             comm.split(0).close()
-            assert (comm.allreduce_(comm.empty(2 * 10**7, np.uint8) * 0 + 1) == 3).all()
+            assert (comm.allreduce_(comm.empty(3 * 10**6, np.uint8) * 0 + 1) == 3).all()
         return failed
 
     first, *others = testing.run_forks(3, check)

@@ -55,12 +55,16 @@ Communicator::Communicator(int rank, int size, const Exchange& exchange, const O
       engine_(std::make_shared<Engine>()),
       fork_generation_(fork_generation.load()) {}
 
-void Communicator::check_usable() {
+void Communicator::check_process() const {
   if (fork_generation_ != fork_generation.load(std::memory_order_relaxed)) {
     throw Error(ErrorCode::closed, "this process was forked from rank " +
                                        std::to_string(core_->rank) +
                                        " and is no rank itself: use ringreduce in the parent only");
   }
+}
+
+void Communicator::check_usable() {
+  check_process();
   if (closed_)
     throw Error(ErrorCode::closed, "communicator '" + core_->options.name + "' is closed");
 }
@@ -153,6 +157,7 @@ void Communicator::close() {
 }
 
 bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
+  check_process();
   const Deadline deadline = Deadline::after_s(timeout_s);
   bool ended = engine_->drain(deadline, interrupted);
   if (const std::shared_ptr<Accelerator> open = core_->accelerator(); open && ended) {
@@ -165,7 +170,10 @@ bool Communicator::drain(double timeout_s, const Interrupted& interrupted) {
 }
 
 bool Communicator::wait(Work& work, Deadline deadline, const Interrupted& interrupted) {
-  if (!work.done()) engine_->refuse_within_operation();
+  if (!work.done()) {
+    check_process();  // no thread of the child's works on it
+    engine_->refuse_within_operation();
+  }
   const Work::Outcome outcome = work.wait(deadline, interrupted);
   if (outcome == Work::Outcome::timed_out) return false;
   if (outcome == Work::Outcome::interrupted) {

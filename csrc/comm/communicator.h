@@ -109,6 +109,7 @@ class Communicator {
   Core& core() const { return *core_; }
 
  private:
+  void check_process() const;
   void check_usable();
   template <class Operation>
   void run_in_order(const Operation& operation, const Interrupted& interrupted);
