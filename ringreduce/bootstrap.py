@@ -108,7 +108,7 @@ class MpiBootstrap(Bootstrap):
     """The ranks of an mpi4py communicator: of a duplicate, apart from the user's messages."""
 
     def __init__(self, comm: MPI.Intracomm, timeout_s: float) -> None:
-        """Collective over comm. Every wait, this one included, ends after timeout_s."""
+        """Local. Every wait ends after timeout_s."""
         if "mpi4py.MPI" not in sys.modules or not isinstance(comm, sys.modules["mpi4py.MPI"].Comm):
             raise TypeError(f"comm must be an mpi4py communicator, not {type(comm).__name__}")
         from mpi4py import MPI
@@ -120,15 +120,17 @@ class MpiBootstrap(Bootstrap):
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError("comm must be an intracommunicator: merge it first (comm.Merge())")
         super().__init__(comm.rank, comm.size)
-        self.source = comm  # the user's; only ever compared with
+        self.source = comm  # the user's, of which nothing is used but its duplicate
         self._timeout_s = timeout_s
-        self._comm, request = comm.Idup()
-        self._wait(request)
+        self._comm: MPI.Intracomm | None = None
         self._library: _core.MpiLibrary | None = None
 
     def exchange(self, message: bytes) -> list[bytes]:
         from mpi4py import MPI
 
+        if self._comm is None:  # here, where a rank that is interrupted already ends the job
+            self._comm, request = self.source.Idup()
+            self._wait(request)
         lengths = array("i", bytes(4 * self.size))
         self._wait(self._comm.Iallgather([array("i", [len(message)]), MPI.INT], [lengths, MPI.INT]))
         # All give as many bytes: Intel MPI 2021.18 hangs in an Iallgatherv of unequal lengths.
@@ -151,6 +153,7 @@ class MpiBootstrap(Bootstrap):
         from mpi4py import MPI
 
         levels = self.exchange(MPI.Query_thread().to_bytes(4, "little", signed=True))
+        assert self._comm is not None
         multiple = MPI.THREAD_MULTIPLE.to_bytes(4, "little", signed=True)
         missing = [rank for rank, level in enumerate(levels) if level != multiple]
         if missing:
@@ -184,7 +187,7 @@ class MpiBootstrap(Bootstrap):
     def close(self) -> None:
         from mpi4py import MPI
 
-        if not MPI.Is_finalized():
+        if self._comm is not None and not MPI.Is_finalized():
             self._comm.Free()
 
     def _wait(self, request: MPI.Request) -> None:
