@@ -194,6 +194,8 @@ class GradientReducer:
             return
         if not sync:
             self._local_task = torch._C._current_graph_task_id()
+            if self.roll_call is not None:
+                self.roll_call.below = set(self._held())
             return
         if self._accumulates(parents):
             self._arm()
@@ -243,12 +245,14 @@ class GradientReducer:
         return self._held() if self._idempotent else []
 
     def _held(self) -> list[int]:
-        """Slots whose `.grad` is what was reduced, and not zero."""
+        """Slots whose `.grad` is what was reduced, and not zero, whatever this rank has added."""
+        assert self.roll_call is not None
         found = ((i, self._slots[i]) for i in self._reduced)
         return [
             i
             for i, slot in found
-            if (grad := slot.parameter.grad) is not None
+            if (i not in self._local or i in self.roll_call.below)
+            and (grad := slot.parameter.grad) is not None
             and points_to(grad, slot.address)
             and bool(grad.any())
         ]

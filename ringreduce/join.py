@@ -18,7 +18,8 @@ class RollCall:
     here: ranks that had, in the last call in which any had. over: nobody has any more.
     weighted: whether any rank here has a weight. kept: slots in which any rank here accumulates
     onto gradients that are reduced already; once it is over, those in which any rank that had data
-    to the end has left such gradients.
+    to the end has left such gradients. below: slots in which this rank had such gradients before
+    it last accumulated some of its own: from then on nothing else tells.
     """
 
     def __init__(self, comm: Communicator, by_present: bool, strict: bool) -> None:
@@ -31,6 +32,7 @@ class RollCall:
         self.over = False
         self.weighted = False
         self.kept: set[int] = set()
+        self.below: set[int] = set()
         self._comm = comm
         self.strict = strict
 
