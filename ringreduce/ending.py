@@ -153,9 +153,9 @@ def _end_on_error(
 def _at_exit() -> None:
     """Leaves the communicators, before MPI_Finalize; never reaches that with an aborted one."""
     bootstrap = _State.bootstrap
+    cores = [] if bootstrap is None else list(bootstrap.opened)
     if bootstrap is not None:
-        aborted = [core for core in bootstrap.opened if core.aborted and core.size > 1]
-        if aborted:
+        if any(core.aborted and core.size > 1 for core in cores):
             _report(bootstrap)
             _leave()
         try:
@@ -167,6 +167,7 @@ def _at_exit() -> None:
                 error,
             )
     if _State.poisoned:
+        _await_reports([core for core in cores if core.aborted])
         _leave()
 
 
@@ -176,14 +177,15 @@ def _report(bootstrap: Bootstrap) -> None:
     cores = [core for core in bootstrap.opened if not core.closed]
     for core in cores:
         core.mark_reported()
+    _await_reports(cores)
+
+
+def _await_reports(cores: list[_core.Communicator]) -> None:
+    """Briefly: launchers end all ranks when one ends without MPI_Finalize, MPICH's at once."""
     several_hosts = any(core.window_info()["nodes"] > 1 for core in cores)
     limit = time.monotonic() + (REPORT_TO_HOSTS_S if several_hosts else REPORT_S)
-    while not _all_reported(cores) and time.monotonic() < limit:
+    while not all(core.all_reported() for core in cores) and time.monotonic() < limit:
         time.sleep(1e-3)
-
-
-def _all_reported(cores: list[_core.Communicator]) -> bool:
-    return all(core.all_reported() for core in cores)
 
 
 def _leave_by_alarm(after_s: float) -> None:

@@ -126,7 +126,8 @@ bootstrap = MpiBootstrap(MPI.COMM_WORLD, 20)
 try:
     library = bootstrap.mpi_library()
     assert bootstrap.mpi_library() is library
-    print(library.path == MPI.__file__, library.handle_bytes, library.status_bytes, flush=True)
+    same = library.path == MPI.__file__
+    sys.stdout.write(f"{same} {library.handle_bytes} {library.status_bytes}\\n")
 except RingReduceError as error:
     print(error, flush=True)
 """

