@@ -84,8 +84,7 @@ def shutdown() -> None:
         bootstrap = _World.bootstrap
         if bootstrap is None:
             return
-        _World.communicator = None
-        _core.learn_world(None)
+        _publish(None)
         _World.bootstrap = None
         _World.closed = True
         aborted = any(core.aborted for core in bootstrap.opened)
@@ -163,8 +162,13 @@ def _open(comm: MPI.Intracomm | Bootstrap | None, given: dict[str, Any]) -> None
     _share_cores(core.window_info()["cores"], core.local_rank, core.local_size)
     _World.bootstrap = bootstrap
     _World.closed = False
-    _World.communicator = Communicator(core, bootstrap)
-    _core.learn_world(core)
+    _publish(Communicator(core, bootstrap))
+
+
+def _publish(communicator: Communicator | None) -> None:
+    """The world, or that there is none: to Python, and to the core's short way into it."""
+    _World.communicator = communicator
+    _core.learn_world(None if communicator is None else communicator.core)
 
 
 def _require_same(comm: MPI.Intracomm | Bootstrap | None, given: dict[str, Any]) -> None:
@@ -197,8 +201,7 @@ def _refuse_in_child() -> None:
 def _after_fork() -> None:
     if _World.bootstrap is not None or _World.closed:
         _World.forked_from = os.getppid()
-    _World.communicator = None
-    _core.learn_world(None)
+    _publish(None)
     _World.bootstrap = None
     _World.lock = threading.RLock()
 

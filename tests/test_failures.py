@@ -333,11 +333,16 @@ def test_a_stopped_rank_is_named_in_the_warning_and_in_the_timeout(capfd):
     assert [kind for kind, _ in errors] == ["CollectiveTimeout"] * 3
 
 
+def until_aborted(comm: rr.Communicator) -> None:
+    """Ends with the ranks' own time limit at the latest."""
+    while not comm.core.aborted:
+        time.sleep(0.001)
+
+
 def test_a_late_rank_ends_all_at_the_timeout(ranks):
     def fn(comm: rr.Communicator) -> tuple[str, str]:
         if comm.rank == 0:
-            while not comm.core.aborted:
-                time.sleep(0.001)
+            until_aborted(comm)
         return error_of(lambda: comm.reduce(X))[1:]
 
     for size in SIZES:
@@ -444,8 +449,7 @@ def test_ctrl_c_interrupts_a_wait_and_is_told_to_the_others(name):
             time.sleep(0.1)
             board[1] = time.monotonic()
             os.kill(process, signal.SIGINT)
-            while not comm.core.aborted:
-                time.sleep(0.001)
+            until_aborted(comm)
         return error_of(lambda: WAITS[name](comm))
 
     errors = testing.run_forks(3, fn, timeout_s=20)
@@ -469,8 +473,7 @@ def test_what_a_signal_handler_raises_is_raised_though_it_left_first():
             board[0] = os.getpid()
             return error_of(comm.barrier)
         os.kill(int(board.wait(0)), signal.SIGTERM)
-        while not comm.core.aborted:
-            time.sleep(0.001)
+        until_aborted(comm)
         return error_of(comm.barrier)
 
     first, second = testing.run_forks(2, fn, timeout_s=20)
