@@ -1,10 +1,12 @@
 """The types of the extension; csrc/bindings has the code."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 KINDS: dict[str, int]
 OPS: dict[str, int]
@@ -26,6 +28,9 @@ def learn_type(
 def learn_profiler(globals: dict[str, Any]) -> None: ...
 def learn_world(world: Communicator | None) -> None: ...
 def allreduce_in_world(x: object, op: object, /) -> bool: ...
+def shortcut(
+    short_way: Callable[[Any, Any], bool], general: Function, signature: str
+) -> Function: ...
 
 class Trace:
     def __init__(self) -> None: ...

@@ -6,6 +6,7 @@ They are methods of Communicator too, without the comm argument. No logic here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ringreduce import _core
@@ -59,6 +60,12 @@ def allreduce(
     return communicator_of(comm).allreduce(x, op, out=out, async_op=async_op)
 
 
+# As in Communicator.allreduce_, but two calls sooner: they count beside a collective of 1 us.
+@partial(
+    _core.shortcut,
+    _core.allreduce_in_world,
+    signature="(x, op='sum', *, async_op=False, comm=None)",
+)
 def allreduce_(
     x: Any, op: str = "sum", *, async_op: bool = False, comm: Communicator | None = None
 ) -> Any:
@@ -68,9 +75,6 @@ def allreduce_(
     `torch.no_grad()`; the tensor's version counts up. If the call fails, the contents of x are
     undefined.
     """
-    # As in Communicator.allreduce_, but two calls sooner: they count beside a collective of 1 us.
-    if comm is None and not async_op and _core.allreduce_in_world(x, op):
-        return x
     return communicator_of(comm).allreduce_(x, op, async_op=async_op)
 
 

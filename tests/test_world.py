@@ -1,10 +1,13 @@
 """init, shutdown and the implicit world: what repeats, what is refused, forks and threads."""
 
+import inspect
 import os
+import pickle
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 import ringreduce as rr
@@ -50,6 +53,26 @@ def test_importing_it_starts_nothing():
         "ringreduce.is_initialized())"
     )
     assert out == "[] False\n"
+
+
+def test_the_function_with_a_shortcut_is_like_the_one_behind_it():
+    x = np.ones(3)
+    assert all(y is x for y in (rr.allreduce_(x), rr.allreduce_(x, "avg"), rr.allreduce_(x=x)))
+    assert rr.allreduce_(x, op="max") is x and rr.allreduce_(x, op="max", comm=rr.world()) is x
+    assert rr.allreduce_(x, async_op=True).wait() is x
+    for arguments, names in (((), {}), ((x, "sum", 1), {}), ((x,), {"root": 0})):
+        with pytest.raises(TypeError, match=r"^allreduce_\(\)"):
+            rr.allreduce_(*arguments, **names)
+    with pytest.raises(ValueError, match="op must be one of"):
+        rr.allreduce_(x, "median")
+    assert pickle.loads(pickle.dumps(rr.allreduce_)) is rr.allreduce_
+    method = inspect.signature(rr.Communicator.allreduce_).parameters.values()
+    shown = inspect.signature(rr.allreduce_).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in shown] == [
+        *((p.name, p.kind, p.default) for p in method if p.name != "self"),
+        ("comm", inspect.Parameter.KEYWORD_ONLY, None),
+    ]
+    assert rr.allreduce_.__doc__.startswith("`allreduce` in place")
 
 
 def test_use_after_shutdown_is_refused_until_init():

@@ -13,6 +13,7 @@ NB_MODULE(_core, m) {
   ringreduce::register_trace(m);  // before what takes one
   ringreduce::register_mpi(m);
   ringreduce::register_communicator(m);
+  ringreduce::register_shortcut(m);
   ringreduce::register_packing(m);
   ringreduce::register_simulation(m);
   ringreduce::register_cluster_simulation(m);
