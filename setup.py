@@ -305,7 +305,9 @@ class TestCsrc(Command):
 
     def run(self) -> None:
         tests = sorted(Path("tests/csrc").glob("test_*.cpp"))
-        sanitizer = [f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-O1", "-g"]
+        # vptr's checks need file descriptors, which a test takes away.
+        limits = ["-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+        sanitizer = [f"-fsanitize={self.sanitize}", *limits, "-O1", "-g"]
         extra = sanitizer if self.sanitize else []
         core = [path for path in SOURCES if path.parent.name != "bindings" and path != NO_CUDA]
         core_objects = compile_all(test_units_of([*core, *sorted(FAKE_CUDA.glob("*.cpp"))], extra))

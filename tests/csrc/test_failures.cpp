@@ -170,8 +170,7 @@ void memory_despite_signals() {
   close(fd);
 }
 
-/// No file descriptor from this one on, for a while: sanitizers need some, to look at what is
-/// thrown.
+/// No file descriptor from this one on, for a while.
 class NoFiles {
  public:
   explicit NoFiles(int first) {
