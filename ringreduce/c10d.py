@@ -209,4 +209,8 @@ def _let_groups_monitor_barriers() -> None:
 learn_torch()  # for the range of a first call, before any tensor is seen
 _let_groups_monitor_barriers()
 dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
+# From torch 2.15 on it hooks its flight recorder into all groups of other backends, and fails on a
+# group that is a class in Python.
+_recording: set[str] = getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set())
+_recording.add(BACKEND)
 _fill_environment()

@@ -214,6 +214,11 @@ class _Torch:
         self._increment_version = getattr(
             torch._C, "_increment_version", torch.autograd.graph.increment_version
         )
+        try:
+            self._increment_version([])
+        except RuntimeError:  # of an older torch, which takes one tensor, and no list
+            increment_one = self._increment_version
+            self._increment_version = lambda tensors: increment_one(tensors[0])
         self._dtypes = {
             getattr(torch, name): (index, getattr(torch, name).itemsize)
             for name, index in _core.DTYPES.items()
