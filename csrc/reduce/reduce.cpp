@@ -5,6 +5,10 @@
 #include <cassert>
 #include <cstring>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include "reduce/isa.h"
 #include "reduce/lines.h"
 
@@ -19,12 +23,19 @@ constexpr Isa isas[] = {
     {"baseline", &baseline::kernels},
 };
 
+/// What clang before 19 cannot be asked by name.
+bool has_f16c_lzcnt_movbe() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(ecx & bit_F16C) || !(ecx & bit_MOVBE)) return false;
+  return __get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) && (ecx & bit_LZCNT);
+}
+
 bool has_v3() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("lzcnt") &&
-         __builtin_cpu_supports("movbe");
+  return has_f16c_lzcnt_movbe() && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("fma");
 }
 
 bool has_v4() {
