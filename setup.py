@@ -1,8 +1,8 @@
 """Builds ringreduce._core from csrc: C++20 and nanobind; neither MPI, CUDA nor torch is needed.
 
-Every source is compiled by g++ (or $CXX), and where CUDA's nvcc is found the kernels of the GPU by
-that, into build/objects, $MAX_JOBS at a time. An object is reused until its source, a header of it,
-its flags or the compiler change. setuptools links.
+Every source is compiled by g++ (or $CXX, with $CXXFLAGS), and where CUDA's nvcc is found the
+kernels of the GPU by that, into build/objects, $MAX_JOBS at a time. An object is reused until its
+source, a header of it, its flags or the compiler change. setuptools links.
 `python setup.py test_csrc` builds the programs of tests/csrc by the same rule, with a fake CUDA
 that runs on the CPU, and runs them; with `--sanitize=thread` or `--sanitize=address,undefined`,
 under a sanitizer.
@@ -41,6 +41,7 @@ TEST_LIMIT_S = 600
 # -Wno-restrict: false alarms of g++ 12 in std::string. clang does not know the option.
 # -ffp-contract=off, and -fmad=false below: a product and a sum round alike on every processor.
 CXX = shlex.split(os.environ.get("CXX", "g++"))
+GIVEN = shlex.split(os.environ.get("CXXFLAGS", ""))  # before ours, which win
 STANDARD = ["-std=c++20", "-O3"]
 CXXFLAGS = shlex.split(
     "-fPIC -fvisibility=hidden -ffunction-sections -fdata-sections"
@@ -182,7 +183,7 @@ def units_of(sources: Sequence[Path], cuda: Cuda | None) -> list[Unit]:
 
 def commands_of(source: Path, cuda: Cuda | None) -> list[list[str]]:
     """One for each object that the source gives."""
-    cxx = [*CXX, *STANDARD, *CXXFLAGS, "-Icsrc"]
+    cxx = [*CXX, *GIVEN, *STANDARD, *CXXFLAGS, "-Icsrc"]
     if source == KERNELS:
         return [[*cxx, *flags, f"-DRR_ISA={isa}"] for isa, flags in ISAS.items()]
     if source.parent.name == "bindings":

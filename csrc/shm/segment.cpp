@@ -78,6 +78,11 @@ void check_available(size_t size_bytes) {
 
 int create_memfd(size_t size_bytes) {
   const int fd = memfd_create("ringreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd < 0 && (errno == EPERM || errno == ENOSYS)) {
+    throw Error(ErrorCode::resource,
+                std::string("memfd_create, by which ranks share memory, failed: ") +
+                    std::strerror(errno) + ". Let the container's seccomp profile allow it");
+  }
   if (fd < 0) fail("creation", size_bytes);
   const int error = allocate(fd, size_bytes);
   if (error != 0 || fchmod(fd, 0600) != 0 ||
