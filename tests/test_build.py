@@ -1,4 +1,5 @@
-"""setup.py's choice between CUDA and none, with an nvcc that is a script. Compiles nothing."""
+"""setup.py's flags, and its choice of CUDA or none, with an nvcc that is a script: nothing is
+compiled."""
 
 import runpy
 from pathlib import Path
@@ -30,8 +31,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         nvcc.write_text(NVCC.replace("VERSION", version))
         nvcc.chmod(0o755)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.delenv("RINGREDUCE_CUDA_ARCHS", raising=False)
+        for variable in ("CXX", "RINGREDUCE_CUDA_ARCHS"):
+            monkeypatch.delenv(variable, raising=False)
         if archs is not None:
             monkeypatch.setenv("RINGREDUCE_CUDA_ARCHS", archs)
         return runpy.run_path("setup.py")
@@ -93,3 +94,11 @@ def test_a_broken_nvcc_is_quoted(build: Any, tmp_path: Path) -> None:
     (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho no licence >&2; exit 2\n")
     with pytest.raises(setuptools.errors.PlatformError, match="no licence; .*=none builds without"):
         setup["find_cuda"]()
+
+
+def test_flags_of_the_user_come_before_ours(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-DTHEIRS -O0")
+    setup = build("13.0, V13.0.88", "none")
+    for source in setup["sources_of"](None):
+        for command in setup["commands_of"](source, None):
+            assert command[1:3] == ["-DTHEIRS", "-O0"] and "-O3" in command

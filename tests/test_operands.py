@@ -18,6 +18,8 @@ from expected import (
 )
 from torch import nn
 
+from ringreduce import tensors
+
 SHAPE = (4, 6, 5)
 
 
@@ -388,3 +390,18 @@ def test_the_others_notice_nothing_of_a_refused_call(ranks):
         assert comm.allreduce(np.ones(1)).tolist() == [3]
 
     ranks(3, check)
+
+
+def test_counts_the_version_up_where_torch_takes_no_list(monkeypatch):
+    of_this_torch = torch._C._increment_version
+
+    def increment_one(x):
+        if not isinstance(x, torch.Tensor):
+            raise RuntimeError("increment_version expect a Tensor as input")
+        of_this_torch([x])
+
+    monkeypatch.setattr(torch._C, "_increment_version", increment_one)
+    monkeypatch.setattr(tensors._core, "learn_type", lambda *types: None)
+    x = torch.ones(2)
+    tensors._Torch(torch).mark_written(x)
+    assert x._version == 1
