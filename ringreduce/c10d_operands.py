@@ -64,7 +64,7 @@ def factor_and_op(opts: Any) -> tuple[Any, str]:
         if op == known:
             return None, name
     if op == ReduceOp.PREMUL_SUM:
-        return op.__getstate__()[1], "sum"  # as pickle sees it: before torch 2.7 by no other name
+        return op.__getstate__()[1], "sum"  # as pickle sees it: torch 2.6 has no other name
     raise ValueError(f"the ringreduce backend has no op {op}")
 
 

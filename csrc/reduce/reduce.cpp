@@ -23,7 +23,7 @@ constexpr Isa isas[] = {
     {"baseline", &baseline::kernels},
 };
 
-/// What clang before 19 cannot be asked by name.
+/// What clang 14 cannot be asked by name.
 bool has_f16c_lzcnt_movbe() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
