@@ -25,11 +25,11 @@ Shortcut* shortcut = nullptr;
 
 /// The op of a call with nothing but x and op; null for others.
 PyObject* op_of(PyObject* const* arguments, Py_ssize_t positional, PyObject* keywords) {
-  const Py_ssize_t named = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+  const Py_ssize_t named = keywords == nullptr ? 0 : PyTuple_Size(keywords);
   if (positional == 1 && named == 0) return shortcut->sum;
   if (positional == 2 && named == 0) return arguments[1];
   const bool op = positional == 1 && named == 1;
-  return op && PyTuple_GET_ITEM(keywords, 0) == shortcut->op_keyword ? arguments[1] : nullptr;
+  return op && PyTuple_GetItem(keywords, 0) == shortcut->op_keyword ? arguments[1] : nullptr;
 }
 
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t positional, PyObject* keywords) {
