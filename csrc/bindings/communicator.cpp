@@ -267,7 +267,8 @@ nb::dict constants(PyCommunicator& self) {
   return values;
 }
 
-/// The world, while it is open. Leaked: no destructor may run after the interpreter's end.
+/// The world while it is open, then nothing. Leaked: no destructor may run after the interpreter's
+/// end.
 nb::object& world() {
   static auto* const object = new nb::object;
   return *object;
@@ -306,7 +307,8 @@ void register_communicator(nb::module_& m) {
       .def_prop_ro("counts", [](PyWork& self) { return self.work->counts; });
 
   m.def(
-      "learn_world", [](nb::object opened) { world() = std::move(opened); },
+      "learn_world",
+      [](nb::object opened) { world() = opened.is_none() ? nb::object() : std::move(opened); },
       nb::arg("world").none());
   m.def("allreduce_in_world", &allreduce_in_world, nb::arg().none(), nb::arg().none());
 
