@@ -40,12 +40,13 @@ TEST_LIMIT_S = 600
 
 # -Wno-restrict: false alarms of g++ 12 in std::string. clang does not know the option.
 # -ffp-contract=off, and -fmad=false below: a product and a sum round alike on every processor.
+# -fno-fast-math: min and max propagate NaN, whatever $CXXFLAGS says.
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 GIVEN = shlex.split(os.environ.get("CXXFLAGS", ""))  # before ours, which win
 STANDARD = ["-std=c++20", "-O3"]
 CXXFLAGS = shlex.split(
     "-fPIC -fvisibility=hidden -ffunction-sections -fdata-sections"
-    " -ffp-contract=off -fstack-protector-strong"
+    " -fno-fast-math -ffp-contract=off -fstack-protector-strong"
     " -Wall -Wextra -Wno-unknown-warning-option -Wno-restrict"
 )
 LINK = ["-Wl,--gc-sections", "-Wl,-z,relro", "-Wl,-z,now"]
@@ -93,7 +94,7 @@ class Cuda:
             f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in self.archs
         ]
         program = [word for word in CXX if not word.startswith("-")][-1]  # ccache g++ -m64: g++
-        host = [*(word for word in CXX if word.startswith("-")), *CXXFLAGS]
+        host = [*(word for word in CXX if word.startswith("-")), *GIVEN, *CXXFLAGS]
         return [
             *(self.nvcc, "-ccbin", program, *STANDARD, "-fmad=false", "-Icsrc"),
             *(["-arch=native"] if self.archs == ["native"] else targets),
@@ -199,7 +200,8 @@ def commands_of(source: Path, cuda: Cuda | None) -> list[list[str]]:
 
 def test_units_of(sources: Sequence[Path], sanitizer: Sequence[str]) -> list[Unit]:
     """The same for the C++ tests: what knows CUDA is compiled as C++, with the fake one."""
-    fake = [*CXX, *STANDARD, *CXXFLAGS, f"-I{FAKE_CUDA}", "-Icsrc", '-DRR_CUDA_BUILT="a fake"']
+    flags = [*GIVEN, *STANDARD, *CXXFLAGS]
+    fake = [*CXX, *flags, f"-I{FAKE_CUDA}", "-Icsrc", '-DRR_CUDA_BUILT="a fake"']
     units: list[Unit] = []
     for source in sources:
         knows_cuda = is_of_cuda(source) or "tests" in source.parts

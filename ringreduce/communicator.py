@@ -454,7 +454,8 @@ class _GroupExchange:
             self._own(self.finish(b""))  # the rank that gave up says why
             raise
         except Exception as error:
-            self.finish(str(error).encode() or type(error).__name__.encode())
+            text = str(error) or type(error).__name__
+            self.finish(text.encode(errors="backslashreplace"))
             raise
         try:
             self._own(self.finish(b""))

@@ -107,6 +107,7 @@ def close_all(bootstrap: Bootstrap, drain_s: float) -> None:
 
 def abort_all(bootstrap: Bootstrap, reason: str) -> None:
     """Every rank that shares a communicator with this one gets PeerFailed with this reason."""
+    reason = reason.encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
     for core in list(bootstrap.opened):
         if not core.closed:
             core.abort(reason)

@@ -252,7 +252,7 @@ class _Child:
             number = int.from_bytes(request[:8], "little")
             messages = meeting.meet(number, self.rank, request[8:])
         except RingReduceError as error:
-            self._connection.send_bytes(str(error).encode())
+            self._connection.send_bytes(str(error).encode(errors="backslashreplace"))
             return
         self._connection.send_bytes(b"")  # no problem
         for message in messages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -72,9 +73,11 @@ class Work:
         its way there; with a timeout, the host too.
 
         timeout: seconds; None waits as long as the communicator allows. Raises TimeoutError when it
-        expires: the call goes on, and wait may be called again. Raises the error of the call if it
-        failed.
+        expires: the call goes on, and wait may be called again; ValueError for NaN. Raises the
+        error of the call if it failed.
         """
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError("timeout is a number of seconds, or None")
         deadline = None if timeout is None else time.monotonic() + timeout
         for part in self._parts:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())

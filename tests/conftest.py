@@ -10,6 +10,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 # As in an activated environment: mpirun is of the same one, and Intel's finds its other programs.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+# A script that starts the tests in the background has this signal ignored, here and in all ranks.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Each rank shows its stacks this long before the time limit: enough to write them where ranks
 # outnumber cores.

@@ -144,8 +144,13 @@ def test_operands_live_as_long_as_they_are_needed_and_no_longer(ranks):
         for number in range(20):
             assert (works[2 * number].wait() == 3 * number + 3).all()
             assert (works[2 * number + 1].wait() == 3 * number).all()
-        del works
-        comm.barrier()
+        x = torch.ones(20000)
+        alive.append(weakref.ref(x))
+        works.append(comm.allreduce_(x, async_op=True))
+        while not works[-1].done():
+            pass
+        del works, x
+        comm.allreduce_(torch.ones(2))  # the short way
         assert [ref() for ref in alive] == [None] * len(alive)
 
     ranks(3, check)
@@ -222,6 +227,8 @@ def test_wait_with_a_timeout_goes_on_afterwards(ranks):
             may_come.set()
         assert work.wait(SOON_S) is x
         assert work.wait(0) is x and work.done()
+        with pytest.raises(ValueError, match="number of seconds"):
+            work.wait(float("nan"))
         assert (x == 2).all()
         assert comm.allreduce(torch.ones(1)).item() == 2
 

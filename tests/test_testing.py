@@ -34,10 +34,14 @@ def test_an_error_is_raised_with_its_rank_and_wakes_the_others(ranks):
     assert "in fn" in str(caught.value.__cause__)
 
 
-def test_an_error_is_seen_by_the_others_as_what_it_is(ranks):
+# Also a name of a file that is no UTF-8, and more than is told, cut within a character.
+@pytest.mark.parametrize(
+    "text", ["seen", "seen: \udcff.png", *("seen" + a + "你" * 999 for a in "xy")]
+)
+def test_an_error_is_seen_by_the_others_as_what_it_is(ranks, text):
     def fn(comm):
         if comm.rank == 0:
-            raise ValueError("seen")
+            raise ValueError(text)
         with pytest.raises(PeerFailed, match="rank 0 raised ValueError: seen"):
             comm.barrier()
         raise KeyError("later, so not the cause")

@@ -267,6 +267,12 @@ nb::dict constants(PyCommunicator& self) {
   return values;
 }
 
+bool reduce_plain(PyCommunicator& self, nb::handle x, nb::handle op) {
+  const bool done = allreduce_plain(*self.communicator, x, op);
+  if (done) self.release_finished();  // as after every call
+  return done;
+}
+
 /// The world while it is open, then nothing. Leaked: no destructor may run after the interpreter's
 /// end.
 nb::object& world() {
@@ -274,10 +280,10 @@ nb::object& world() {
   return *object;
 }
 
-/// As allreduce_plain; false also where there is no world. Python then need not look it up.
+/// As reduce_plain; false also where there is no world. Python then need not look it up.
 bool allreduce_in_world(nb::handle x, nb::handle op) {
   const nb::object held = world();  // another thread may shut it down meanwhile
-  return held && allreduce_plain(*nb::inst_ptr<PyCommunicator>(held)->communicator, x, op);
+  return held && reduce_plain(*nb::inst_ptr<PyCommunicator>(held), x, op);
 }
 
 void drain(PyCommunicator& self, double timeout_s) {
@@ -308,7 +314,10 @@ void register_communicator(nb::module_& m) {
 
   m.def(
       "learn_world",
-      [](nb::object opened) { world() = opened.is_none() ? nb::object() : std::move(opened); },
+      [](nb::object opened) {
+        if (!opened.is_none()) nb::cast<PyCommunicator&>(opened);  // raises for anything else
+        world() = opened.is_none() ? nb::object() : std::move(opened);
+      },
       nb::arg("world").none());
   m.def("allreduce_in_world", &allreduce_in_world, nb::arg().none(), nb::arg().none());
 
@@ -333,10 +342,7 @@ void register_communicator(nb::module_& m) {
            nb::arg("device") = -1, nb::arg("stream") = 0, nb::arg("rows") = nb::list())
       .def(
           "allreduce_plain",
-          [](PyCommunicator& self, nb::handle x, nb::handle op) {
-            return allreduce_plain(*self.communicator, x, op);
-          },
-          nb::arg().none(), nb::arg().none())
+          &reduce_plain, nb::arg().none(), nb::arg().none())
       .def("allocate", &allocate, nb::arg("size_bytes"), nb::arg("device") = -1)
       .def("is_symmetric", &is_symmetric)
       .def("check", [](PyCommunicator& self) { self.communicator->check(); })

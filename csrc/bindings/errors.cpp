@@ -1,4 +1,6 @@
 // The core's Error becomes the matching class of ringreduce.errors.
+#include <cstring>
+
 #include "base/error.h"
 #include "bindings/bindings.h"
 
@@ -24,6 +26,13 @@ const char* class_of(ErrorCode code) {
   }
 }
 
+/// A peer's reason may be cut within a character, and hold what is no text at all.
+void set_error(nb::handle kind, const char* text) {
+  const auto length = static_cast<Py_ssize_t>(std::strlen(text));
+  const nb::object message = nb::steal(PyUnicode_DecodeUTF8(text, length, "replace"));
+  if (message) PyErr_SetObject(kind.ptr(), message.ptr());
+}
+
 }  // namespace
 
 void register_errors(nb::module_&) {
@@ -32,13 +41,12 @@ void register_errors(nb::module_&) {
       std::rethrow_exception(pointer);
     } catch (const Error& error) {
       if (error.code() == ErrorCode::invalid) {
-        PyErr_SetString(PyExc_ValueError, error.what());
+        set_error(PyExc_ValueError, error.what());
       } else if (error.code() == ErrorCode::interrupted) {
-        PyErr_SetString(PyExc_KeyboardInterrupt, error.what());
+        set_error(PyExc_KeyboardInterrupt, error.what());
       } else {
-        PyErr_SetString(
-            nb::module_::import_("ringreduce.errors").attr(class_of(error.code())).ptr(),
-            error.what());
+        set_error(nb::module_::import_("ringreduce.errors").attr(class_of(error.code())),
+                  error.what());
       }
     }
   });

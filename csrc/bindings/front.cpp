@@ -6,6 +6,7 @@
 
 #include <nanobind/ndarray.h>
 
+#include <deque>
 #include <optional>
 #include <vector>
 
@@ -37,8 +38,9 @@ struct KnownType {
 };
 
 /// Leaked: modules outlive the interpreter's order of destruction.
-std::vector<KnownType>& known_types() {
-  static auto* types = new std::vector<KnownType>;
+/// A deque: one may be in use, in Python code of is_lazy, while another is learned.
+std::deque<KnownType>& known_types() {
+  static auto* types = new std::deque<KnownType>;
   return *types;
 }
 
@@ -214,8 +216,8 @@ void learn_type(nb::handle type, nb::object exchange_table, nb::object is_lazy,
     while (table && table->major > 1) table = table->previous;
     if (!table || table->major != 1 || !table->view) return;  // then this type goes the general way
   }
-  known_types().push_back({reinterpret_cast<PyTypeObject*>(type.ptr()), table, std::move(is_lazy),
-                           std::move(mark_written)});
+  known_types().push_back({reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()), table,
+                           std::move(is_lazy), std::move(mark_written)});
 }
 
 bool look_at(nb::handle x, nb::dlpack::dltensor& tensor) {

@@ -46,7 +46,8 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t positional, PyO
 }
 
 std::string text_of(nb::handle function, const char* attribute) {
-  return nb::cast<std::string>(function.attr(attribute));
+  const nb::object text = function.attr(attribute);
+  return text.is_none() ? "" : nb::cast<std::string>(text);  // python -OO has no docstrings
 }
 
 }  // namespace

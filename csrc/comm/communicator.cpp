@@ -131,10 +131,12 @@ void Communicator::run_in_order(const Operation& operation, const Interrupted& i
 }
 
 void Communicator::abort(const std::string& reason) {
+  if (fork_generation_ != fork_generation.load()) return;  // the parent's business
   core_->group.abort(ErrorCode::peer_failed, core_->rank, reason);
 }
 
 void Communicator::mark_reported() {
+  if (fork_generation_ != fork_generation.load()) return;
   if (core_->cluster) core_->cluster->tell_abort();
   core_->group.mark_reported();
 }
