@@ -267,9 +267,10 @@ nb::dict constants(PyCommunicator& self) {
   return values;
 }
 
+/// allreduce_plain, and what comes after every call.
 bool reduce_plain(PyCommunicator& self, nb::handle x, nb::handle op) {
   const bool done = allreduce_plain(*self.communicator, x, op);
-  if (done) self.release_finished();  // as after every call
+  if (done) self.release_finished();
   return done;
 }
 
@@ -340,9 +341,7 @@ void register_communicator(nb::module_& m) {
       .def("submit", &submit, nb::arg("kind"), nb::arg("op"), nb::arg("dtype"), nb::arg("root"),
            nb::arg("tensors"), nb::arg("keepalive").none(), nb::arg("asynchronous"),
            nb::arg("device") = -1, nb::arg("stream") = 0, nb::arg("rows") = nb::list())
-      .def(
-          "allreduce_plain",
-          &reduce_plain, nb::arg().none(), nb::arg().none())
+      .def("allreduce_plain", &reduce_plain, nb::arg().none(), nb::arg().none())
       .def("allocate", &allocate, nb::arg("size_bytes"), nb::arg("device") = -1)
       .def("is_symmetric", &is_symmetric)
       .def("check", [](PyCommunicator& self) { self.communicator->check(); })
