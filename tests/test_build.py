@@ -31,8 +31,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         nvcc.write_text(NVCC.replace("VERSION", version))
         nvcc.chmod(0o755)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        for variable in ("CXX", "RINGREDUCE_CUDA_ARCHS"):
-            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.delenv("RINGREDUCE_CUDA_ARCHS", raising=False)
         if archs is not None:
             monkeypatch.setenv("RINGREDUCE_CUDA_ARCHS", archs)
         return runpy.run_path("setup.py")
