@@ -55,8 +55,12 @@ Communicator::Communicator(int rank, int size, const Exchange& exchange, const O
       engine_(std::make_shared<Engine>()),
       fork_generation_(fork_generation.load()) {}
 
+bool Communicator::in_forked_child() const {
+  return fork_generation_ != fork_generation.load(std::memory_order_relaxed);
+}
+
 void Communicator::check_process() const {
-  if (fork_generation_ != fork_generation.load(std::memory_order_relaxed)) {
+  if (in_forked_child()) {
     throw Error(ErrorCode::closed, "this process was forked from rank " +
                                        std::to_string(core_->rank) +
                                        " and is no rank itself: use ringreduce in the parent only");
@@ -131,12 +135,12 @@ void Communicator::run_in_order(const Operation& operation, const Interrupted& i
 }
 
 void Communicator::abort(const std::string& reason) {
-  if (fork_generation_ != fork_generation.load()) return;  // the parent's business
+  if (in_forked_child()) return;  // the parent's business
   core_->group.abort(ErrorCode::peer_failed, core_->rank, reason);
 }
 
 void Communicator::mark_reported() {
-  if (fork_generation_ != fork_generation.load()) return;
+  if (in_forked_child()) return;
   if (core_->cluster) core_->cluster->tell_abort();
   core_->group.mark_reported();
 }
@@ -145,7 +149,7 @@ bool Communicator::all_reported() const { return !core_->cluster && core_->group
 
 void Communicator::close() {
   if (closed_.exchange(true)) return;
-  if (fork_generation_ != fork_generation.load()) return;  // the parent's business
+  if (in_forked_child()) return;  // the parent's business
   core_->closing.store(true);
   if (!engine_->idle()) {
     abort("rank " + std::to_string(core_->rank) +

@@ -111,6 +111,7 @@ class Communicator {
  private:
   void check_process() const;
   void check_usable();
+  bool in_forked_child() const;
   template <class Operation>
   void run_in_order(const Operation& operation, const Interrupted& interrupted);
 
